@@ -1,0 +1,1 @@
+"""CPU lowering: quantize/dequantize patterns to the fastest kernels torch already has."""

@@ -1,0 +1,247 @@
+"""Lower one block: retrace it with every recognised linear replaced by its kernel.
+
+    linear(dequantize(quantize(x)), dequantize_weight(codes, …))  →  kernel(x codes, packed weight)
+
+Sibling sites become one product whose result is split.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxcompress.backends.cpu.kernels import Kernel, LinearSpec, QuantizedInput, choose_kernel
+from fxcompress.backends.cpu.layouts import INT8_ROWS, Layout
+
+logger = logging.getLogger("fxcompress.backends")
+aten = torch.ops.aten
+ops = torch.ops.fxcompress
+
+
+@dataclass(frozen=True)
+class PackedInput:
+    """A packed tensor a lowered block takes: ``layout`` of the weights at the given block inputs.
+
+    Args:
+        layout: How they are packed.
+        positions: Index (in the block's inputs) of the ``codes`` of every sibling, in order.
+        tensor: Key of the packed dictionary.
+    """
+
+    layout: Layout
+    positions: tuple[int, ...]
+    tensor: str
+
+
+@dataclass
+class Plan:
+    """How the linears of one block are computed.
+
+    Args:
+        kernels: First linear of every sibling group → its kernel.
+        members: Every planned linear → (first linear of its group, position in it).
+        groups: First linear → all linears of the group.
+        codes: Linear → position of its codes among the block inputs.
+        specs: First linear → spec.
+        embeddings: Embedding node served from a row layout → position of its codes.
+        choices: Text per linear, for explanations.
+    """
+
+    kernels: dict[fx.Node, Kernel] = field(default_factory=dict)
+    members: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
+    groups: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    codes: dict[fx.Node, int] = field(default_factory=dict)
+    specs: dict[fx.Node, LinearSpec] = field(default_factory=dict)
+    embeddings: dict[fx.Node, int] = field(default_factory=dict)
+    choices: dict[fx.Node, str] = field(default_factory=dict)
+
+
+def make_plan(
+    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], siblings: Sequence[Sequence[fx.Node]], names: Mapping[fx.Node, str]
+) -> Plan:
+    """Choose a kernel for every quantized linear of a block.
+
+    Args:
+        nodes: The block's nodes.
+        inputs: The block's inputs, in order.
+        siblings: Groups of linears that share one product.
+        names: Parameter name by ``dequantize_weight`` node, for messages.
+    """
+    plan = Plan()
+    position = {node: index for index, node in enumerate(inputs)}
+    leader = {node: group[0] for group in siblings for node in group}
+    wanted: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        dequantize = weight_of_linear(node)
+        if dequantize is not None and dequantize.args[0] in position:
+            wanted.setdefault(leader.get(node, node), []).append(node)
+    for first, group in wanted.items():
+        spec = _group_spec(group)
+        kernel, reason = choose_kernel(spec) if spec is not None else (None, "more than one matrix per weight")
+        for node in group:
+            plan.choices[node] = reason
+            if kernel is None:
+                weight = weight_of_linear(node)
+                logger.info("%s: dequantized at run time (%s)", names.get(weight, "?") if weight else "?", reason)
+        if kernel is None or spec is None:
+            continue
+        plan.kernels[first], plan.specs[first], plan.groups[first] = kernel, spec, tuple(group)
+        for index, node in enumerate(group):
+            weight = weight_of_linear(node)
+            assert weight is not None
+            plan.members[node] = (first, index)
+            plan.codes[node] = position[weight.args[0]]  # type: ignore[index]
+    _plan_embeddings(plan, nodes, position)
+    return plan
+
+
+def weight_of_linear(node: fx.Node) -> fx.Node | None:
+    """The ``dequantize_weight`` node a linear multiplies with (maybe through ``t``), or None."""
+    if node.target is not aten.linear.default or not isinstance(node.args[1], fx.Node):
+        return None
+    weight = node.args[1]
+    if weight.target is aten.t.default and isinstance(weight.args[0], fx.Node):
+        weight = weight.args[0]
+    return weight if weight.target is ops.dequantize_weight.default else None
+
+
+def _group_spec(group: Sequence[fx.Node]) -> LinearSpec | None:
+    rows = 0
+    spec = None
+    for node in group:
+        weight = weight_of_linear(node)
+        assert weight is not None
+        _, _, zero, bits, group_size, shape, perm, batch_dims, row_dims, dtype = weight.args
+        if batch_dims != 0 or len(shape) != 2:  # type: ignore[arg-type]
+            return None
+        n, k = shape[perm[0]], shape[perm[1]]  # type: ignore[index]
+        rows += int(n)  # type: ignore[call-overload]
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        spec = LinearSpec(
+            bits=int(bits),  # type: ignore[call-overload]
+            symmetric=zero is None,
+            group_size=int(group_size),  # type: ignore[call-overload]
+            rows=rows,
+            columns=int(k),  # type: ignore[call-overload]
+            activation=_activation_mode(x),
+            tokens=_tokens(node),
+            dtype=dtype,  # type: ignore[arg-type]
+        )
+    return spec
+
+
+def _activation_mode(x: fx.Node) -> str | None:
+    if x.target is not ops.dequantize_activation.default:
+        return None
+    return "static" if x.args[2] is not None else "dynamic"
+
+
+def _tokens(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    total = 1
+    for size in value.shape[:-1]:
+        if not isinstance(size, int):
+            return None
+        total *= size
+    return total
+
+
+def _plan_embeddings(plan: Plan, nodes: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> None:
+    for node in nodes:
+        if node.target is not ops.quantized_embedding.default or node.args[1] not in position:
+            continue
+        bits, group_size = int(node.args[4]), int(node.args[5])  # type: ignore[call-overload]
+        if bits > 4 and group_size <= 0:
+            plan.embeddings[node] = position[node.args[1]]  # type: ignore[index]
+
+
+class LoweringInterpreter(fx.Interpreter):
+    """Run a block module, computing planned nodes through their kernels. Traced by make_fx."""
+
+    def __init__(self, module: fx.GraphModule, plan: Plan, packed: Mapping[PackedInput, Tensor]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.plan = plan
+        self.packed = packed
+        self.results: dict[fx.Node, tuple[Tensor, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Kernels for planned nodes, the original op for all others; planned weights are never dequantized."""
+        if n in self.plan.members:
+            return self._linear(n)
+        if n in self.plan.embeddings:
+            return self._embedding(n)
+        if n.target in (ops.dequantize_weight.default, aten.t.default) and n.users and all(
+            self._only_planned(user) for user in n.users
+        ):
+            return None
+        return super().run_node(n)
+
+    def _only_planned(self, user: fx.Node) -> bool:
+        if user in self.plan.members:
+            return True
+        return user.target is aten.t.default and all(second in self.plan.members for second in user.users)
+
+    def _linear(self, node: fx.Node) -> Tensor:
+        first, index = self.plan.members[node]
+        if first not in self.results:
+            kernel, spec, group = self.plan.kernels[first], self.plan.specs[first], self.plan.groups[first]
+            positions = tuple(self.plan.codes[member] for member in group)
+            packed = {key.tensor: value for key, value in self.packed.items()
+                      if key.layout is kernel.layout and key.positions == positions}
+            x_node = node.args[0]
+            assert isinstance(x_node, fx.Node)
+            y = kernel.run(self._value(x_node), self._quantized(x_node), packed, spec)
+            sizes = [_rows(member) for member in group]
+            self.results[first] = tuple(y.split(sizes, dim=-1)) if len(sizes) > 1 else (y,)
+        y = self.results[first][index]
+        bias = node.args[2] if len(node.args) > 2 else None
+        return y if bias is None else y + self._value(bias)  # type: ignore[arg-type]
+
+    def _embedding(self, node: fx.Node) -> Tensor:
+        position = (self.plan.embeddings[node],)
+        packed = {key.tensor: value for key, value in self.packed.items()
+                  if key.layout is INT8_ROWS and key.positions == position}
+        indices = self._value(node.args[0])  # type: ignore[arg-type]
+        dtype = node.args[7]
+        rows = F.embedding(indices, packed["values"]).float() * packed["scale"][indices].unsqueeze(-1)
+        if "offset" in packed:
+            rows = rows + packed["offset"][indices].unsqueeze(-1)
+        return rows.to(dtype)  # type: ignore[call-overload,no-any-return]
+
+    def _quantized(self, x: fx.Node) -> QuantizedInput | None:
+        if x.target is not ops.dequantize_activation.default:
+            return None
+        codes, scale, zero = (None if a is None else self._value(a) for a in x.args[:3])  # type: ignore[arg-type]
+        assert codes is not None and scale is not None
+        return QuantizedInput(codes, scale, zero)
+
+    def _value(self, node: fx.Node) -> Tensor:
+        value = self.env[node]
+        assert isinstance(value, Tensor)
+        return value
+
+
+def _rows(node: fx.Node) -> int:
+    weight = weight_of_linear(node)
+    assert weight is not None
+    shape, perm = weight.args[5], weight.args[6]
+    return int(shape[perm[0]])  # type: ignore[index,call-overload]
+
+
+def needed_layouts(plan: Plan) -> list[tuple[Layout, tuple[int, ...]]]:
+    """Which packed weights a plan reads: (layout, positions of the siblings' codes)."""
+    needed = [
+        (kernel.layout, tuple(plan.codes[member] for member in plan.groups[first]))
+        for first, kernel in plan.kernels.items()
+    ]
+    needed += [(INT8_ROWS, (position,)) for position in plan.embeddings.values()]
+    return list(dict.fromkeys(needed))

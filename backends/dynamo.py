@@ -1,0 +1,118 @@
+"""The ``torch.compile`` backend: ``torch.compile(model, backend="fxcompress", options={...})``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.apply import apply_state
+from fxcompress.backends.executable import Executable
+from fxcompress.backends.regions import RegionCompiler
+from fxcompress.capture.dynamo import program_from_dynamo
+from fxcompress.capture.program import Program
+from fxcompress.errors import BackendError
+from fxcompress.store import WeightStore
+
+logger = logging.getLogger("fxcompress.backends")
+
+DEFAULT_RECIPE = "w8a16"
+_OPTIONS = frozenset({"recipe", "artifact", "inner"})
+INNER = ("inductor", "eager")
+
+
+class FormSource(Protocol):
+    """Where the compressed forms of a captured graph come from."""
+
+    def store(self, program: Program) -> WeightStore:
+        """Forms for the program's weights, under the program's names."""
+        ...
+
+
+class CompressingBackend:
+    """A Dynamo backend that rewrites each captured graph with the forms of ``source`` and compiles it.
+
+    Args:
+        source: Where forms come from.
+        inner: ``"inductor"`` or ``"eager"`` (reference: the rewritten graph runs op by op).
+
+    Raises:
+        BackendError: unknown inner compiler.
+    """
+
+    def __init__(self, source: FormSource, inner: str = "inductor") -> None:
+        if inner not in INNER:
+            raise BackendError(f"inner compiler {inner!r} is unknown.", fix=f"use one of {', '.join(INNER)}.")
+        self.source = source
+        self.inner = inner
+        self.choices: dict[str, str] = {}
+
+    def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        """Compile one graph captured by Dynamo."""
+        with torch.no_grad():
+            program = program_from_dynamo(module, example_inputs)
+            store = self.source.store(program)
+            if not any(store.state.is_compressed(name) for name in program.weight_of.values()):
+                return self._plain(program, module, example_inputs)
+            applied = apply_state(program, store.state)
+            regions = None
+            if self.inner == "inductor":
+                compiler = RegionCompiler(applied, store, compile_with_inductor)
+                regions = compiler.compile()
+                self.choices.update(compiler.choices)
+
+        def rebind(weights: dict[str, Tensor]) -> WeightStore:
+            other = Program(
+                program.graph_module, program.weight_of, weights, program.parameters, program.aliases, program.inputs
+            )
+            with torch.no_grad():
+                return self.source.store(other)
+
+        return Executable(applied, store, rebind, regions)
+
+    def _plain(self, program: Program, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A graph without compressed weights: compiled as it is."""
+        if self.inner == "eager":
+            return module.forward
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(module, example_inputs)  # type: ignore[no-any-return]
+
+
+def compile_with_inductor(module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a flat graph with Inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(module, list(fakes))  # type: ignore[no-any-return]
+
+
+def fxcompress_backend(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
+    """Entry point of ``torch.compile(model, backend="fxcompress")``.
+
+    Args:
+        module: Graph captured by Dynamo.
+        example_inputs: Its inputs.
+        options: ``recipe``: a data-free recipe (name, YAML path or Recipe; default ``"w8a16"``), or
+            ``artifact``: directory of a saved compression; ``inner``: ``"inductor"`` (default) or ``"eager"``.
+
+    Raises:
+        BackendError: unknown option, or both ``recipe`` and ``artifact``.
+    """
+    options = dict(options or {})
+    unknown = sorted(set(options) - _OPTIONS)
+    if unknown:
+        raise BackendError(f"unknown option(s) {', '.join(unknown)}.", fix=f"use {', '.join(sorted(_OPTIONS))}.")
+    if "recipe" in options and "artifact" in options:
+        raise BackendError("options 'recipe' and 'artifact' exclude each other.", fix="give one of them.")
+    from fxcompress.backends.sources import source_from_options
+
+    backend = CompressingBackend(source_from_options(options), options.get("inner", "inductor"))
+    return backend(module, example_inputs)
+
+
+__all__ = ["CompressingBackend", "FormSource", "compile_with_inductor", "fxcompress_backend"]

@@ -1,0 +1,244 @@
+"""Cut a rewritten graph into blocks, compile every distinct block once, and run them in sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxcompress.analysis.blocks import Block, find_blocks
+from fxcompress.apply import AppliedGraph
+from fxcompress.backends.cpu.lowering import (
+    LoweringInterpreter,
+    PackedInput,
+    Plan,
+    make_plan,
+    needed_layouts,
+    weight_of_linear,
+)
+from fxcompress.compat import fake_mode_of, trace_pre_dispatch
+from fxcompress.store import WeightStore
+
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+@dataclass
+class Region:
+    """A compiled block in place.
+
+    Args:
+        function: Compiled; takes the values below in order, returns the block outputs.
+        values: Nodes of the outer graph whose values come first.
+        packed: Then packed tensors: (input description, parameter names).
+        outputs: Nodes of the outer graph that the results are.
+    """
+
+    function: Callable[..., Any]
+    values: tuple[fx.Node, ...]
+    packed: tuple[tuple[PackedInput, tuple[str, ...]], ...]
+    outputs: tuple[fx.Node, ...]
+
+
+@dataclass
+class _Compiled:
+    function: Callable[..., Any]
+    kept: tuple[int, ...]  # which block inputs it takes
+    packed: tuple[PackedInput, ...]
+    symbols: tuple[sympy.Symbol, ...]
+
+
+@dataclass
+class RegionCompiler:
+    """Compiles the blocks of one applied graph.
+
+    Args:
+        applied: The graph.
+        store: Where packed weights come from; used for the shapes of the packed inputs.
+        compiler: Inner compiler, given a flat graph module and fake inputs.
+    """
+
+    applied: AppliedGraph
+    store: WeightStore
+    compiler: Compiler
+    cache: dict[str, _Compiled] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+
+    def compile(self) -> list[Region]:
+        """Compile all blocks, each distinct structure once."""
+        graph = self.applied.module.graph
+        mode = fake_mode_of([node.meta.get("val") for node in graph.nodes])
+        return [self._region(block, mode) for block in find_blocks(graph)]
+
+    def _region(self, block: Block, mode: FakeTensorMode | None) -> Region:
+        inputs = self._with_sizes(block.inputs)
+        siblings = self._siblings(block)
+        place = {node: index for index, node in enumerate(block.nodes)}
+        key = repr((block.structure, len(inputs), [[place[node] for node in group] for group in siblings]))
+        symbols = _symbols(inputs)
+        plan: Plan | None = None
+        if key not in self.cache:
+            plan = self._plan(block, inputs, siblings)
+            self.cache[key] = self._compile(block, inputs, plan, symbols, mode)
+        compiled = self.cache[key]
+        _unify(compiled.symbols, symbols, mode)
+        packed = tuple(
+            (item, tuple(self._name(inputs[position]) for position in item.positions)) for item in compiled.packed
+        )
+        values = tuple(inputs[index] for index in compiled.kept)
+        return Region(compiled.function, values, packed, block.outputs)
+
+    def _plan(self, block: Block, inputs: Sequence[fx.Node], siblings: Sequence[Sequence[fx.Node]]) -> Plan:
+        plan = make_plan(block.nodes, inputs, siblings, self.applied.dequantized)
+        for node, text in plan.choices.items():
+            weight = weight_of_linear(node)
+            if weight is not None:
+                self.choices[self.applied.dequantized[weight]] = text
+        return plan
+
+    def _siblings(self, block: Block) -> list[list[fx.Node]]:
+        """Groups of linears of this block that the state fuses and that read the same activation."""
+        by_name: dict[str, fx.Node] = {}
+        for node in block.nodes:
+            weight = weight_of_linear(node)
+            if weight is not None:
+                by_name.setdefault(self.applied.dequantized[weight], node)
+        groups = []
+        for names in self.store.state.fused:
+            nodes = [by_name[name] for name in names if name in by_name]
+            if len(nodes) == len(names) > 1 and len({node.args[0] for node in nodes}) == 1:
+                groups.append(sorted(nodes, key=block.nodes.index))
+        return groups
+
+    def _compile(
+        self,
+        block: Block,
+        inputs: Sequence[fx.Node],
+        plan: Plan,
+        symbols: tuple[sympy.Symbol, ...],
+        mode: FakeTensorMode | None,
+    ) -> _Compiled:
+        module, node_map = extract(self.applied.module, block, inputs)
+        local = translate(plan, node_map)
+        packed: dict[PackedInput, Tensor] = {}
+        for layout, positions in needed_layouts(plan):
+            names = [self._name(inputs[position]) for position in positions]
+            for tensor, value in self.store.packed(layout, names).items():
+                packed[PackedInput(layout, positions, tensor)] = value
+        keys = tuple(packed)
+        fakes = [node.meta.get("val") for node in inputs]
+        fakes = [_fake(value, mode) for value in fakes] + [_fake(packed[key], mode) for key in keys]
+
+        def run(*arguments: Any) -> Any:
+            given = dict(zip(keys, arguments[len(inputs) :], strict=True))
+            return LoweringInterpreter(module, local, given).run(*arguments[: len(inputs)])
+
+        with torch.no_grad():
+            lowered = trace_pre_dispatch(run, fakes, mode)
+            kept, used = _drop_unused_inputs(lowered, len(inputs))
+            function = self.compiler(lowered, [fakes[index] for index in kept + used])
+        return _Compiled(function, tuple(kept), tuple(keys[index - len(inputs)] for index in used), symbols)
+
+    def _name(self, node: fx.Node) -> str:
+        return self.applied.form_inputs[node.name].name
+
+    def _with_sizes(self, inputs: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+        """Add a scalar input for every symbol that no input shows as a plain size."""
+        missing = [symbol for symbol in _symbols(inputs) if symbol not in _plain_symbols(inputs)]
+        found = tuple(self._scalar(symbol) for symbol in missing)
+        return inputs + tuple(node for node in found if node is not None)
+
+    def _scalar(self, symbol: sympy.Symbol) -> fx.Node | None:
+        for node in self.applied.module.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+                return node  # type: ignore[no-any-return]
+        return None
+
+
+def extract(
+    module: fx.GraphModule, block: Block, inputs: Sequence[fx.Node]
+) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A module computing ``block.outputs`` from ``inputs``; also the map from outer to inner nodes."""
+    graph = fx.Graph()
+    node_map: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(inputs):
+        node_map[node] = graph.placeholder(f"in_{index}")
+        node_map[node].meta = dict(node.meta)
+    for node in block.nodes:
+        node_map[node] = graph.node_copy(node, lambda source: node_map[source])
+    graph.output(tuple(node_map[node] for node in block.outputs))
+    return fx.GraphModule(module, graph), node_map
+
+
+def translate(plan: Plan, node_map: Mapping[fx.Node, fx.Node]) -> Plan:
+    """The same plan in terms of the extracted module's nodes."""
+    return Plan(
+        kernels={node_map[node]: kernel for node, kernel in plan.kernels.items()},
+        members={node_map[node]: (node_map[first], index) for node, (first, index) in plan.members.items()},
+        groups={node_map[node]: tuple(node_map[m] for m in group) for node, group in plan.groups.items()},
+        codes={node_map[node]: position for node, position in plan.codes.items()},
+        specs={node_map[node]: spec for node, spec in plan.specs.items()},
+        embeddings={node_map[node]: position for node, position in plan.embeddings.items()},
+    )
+
+
+def _drop_unused_inputs(module: fx.GraphModule, n_values: int) -> tuple[list[int], list[int]]:
+    """Remove unread placeholders; returns the indices kept below and from ``n_values`` on."""
+    kept = []
+    for index, node in enumerate([node for node in module.graph.nodes if node.op == "placeholder"]):
+        if node.users:
+            kept.append(index)
+        else:
+            module.graph.erase_node(node)
+    module.recompile()
+    return [index for index in kept if index < n_values], [index for index in kept if index >= n_values]
+
+
+def _fake(value: Any, mode: FakeTensorMode | None) -> Any:
+    if not isinstance(value, Tensor) or mode is None:
+        return value
+    if isinstance(value, torch._subclasses.fake_tensor.FakeTensor) and value.fake_mode is mode:
+        return value
+    if value.device.type == "meta":
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return mode.from_tensor(value, static_shapes=True)
+
+
+def _expressions(node: fx.Node) -> list[sympy.Expr]:
+    value = node.meta.get("val")
+    sizes: list[Any] = []
+    for leaf in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(leaf, Tensor):
+            sizes += [*leaf.shape, *leaf.stride()]
+        else:
+            sizes.append(leaf)
+    return [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+
+
+def _symbols(nodes: Sequence[fx.Node]) -> tuple[sympy.Symbol, ...]:
+    """Free symbols of the nodes' types, in order of appearance."""
+    found: dict[sympy.Symbol, None] = {}
+    for node in nodes:
+        for expression in _expressions(node):
+            for symbol in sorted(expression.free_symbols, key=str):
+                found.setdefault(symbol)
+    return tuple(found)
+
+
+def _plain_symbols(nodes: Sequence[fx.Node]) -> set[sympy.Symbol]:
+    return {expression for node in nodes for expression in _expressions(node) if isinstance(expression, sympy.Symbol)}
+
+
+def _unify(compiled: Sequence[sympy.Symbol], here: Sequence[sympy.Symbol], mode: FakeTensorMode | None) -> None:
+    """A reused block assumes what the compiled one assumed: guard that corresponding sizes are equal."""
+    if mode is None or mode.shape_env is None:
+        return
+    for one, two in zip(compiled, here, strict=True):
+        if one != two:
+            mode.shape_env.evaluate_expr(sympy.Eq(one, two))

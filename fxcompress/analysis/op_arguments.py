@@ -1,0 +1,45 @@
+"""Read the arguments of an ATen call by their schema names, whatever way they were passed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def op_name(node: fx.Node) -> str:
+    """Schema name without overload, e.g. ``"aten::view"``; empty for anything but an ATen-like operator."""
+    target = node.target
+    return target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def describe(node: fx.Node) -> str:
+    """The operator and the node, for messages."""
+    if node.op == "output":
+        return "the output of the model"
+    return f"{op_name(node) or node.target} ({node.name})"
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator call by schema name, defaults filled in."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        raise TypeError(f"{node.name} calls {target}, which has no schema")
+    values: dict[str, Any] = {}
+    for position, argument in enumerate(target._schema.arguments):
+        if position < len(node.args):
+            values[argument.name] = node.args[position]
+        elif argument.name in node.kwargs:
+            values[argument.name] = node.kwargs[argument.name]
+        else:
+            values[argument.name] = argument.default_value if argument.has_default_value() else None
+    return values
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """Shape of a node's tensor value; sizes are ints or symbolic."""
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{node.name} is no tensor but {type(value).__name__}")
+    return tuple(value.shape)

@@ -1,0 +1,146 @@
+"""What a pass sees of one block: the block's sites, weights, statistics and raw inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fxcompress.analysis.site_types import Site
+from fxcompress.calibration.statistics import ActivationStatistics, as_tokens
+from fxcompress.calibration.walk import BlockRunner, Plan, Walk
+from fxcompress.edits import CompressionState
+from fxcompress.errors import CalibrationError
+from fxcompress.pass_base import Statistics
+
+__all__ = ["Context", "Feed"]
+
+
+class Feed:
+    """Calibration activations for one pass, brought forward only when somebody looks.
+
+    Block ``i`` sees the blocks before it as they were when each of them was finished; the states at those moments
+    are kept (they share tensors) until the walk has passed. So a resumed run, a run in which the pass looks at
+    every block and one in which it looks at the last block alone all see the same numbers.
+
+    Args:
+        make_walk: Starts a walk at the program's inputs; None when there are no data.
+    """
+
+    def __init__(self, make_walk: Callable[[], Walk] | None) -> None:
+        self._make_walk = make_walk
+        self._walk: Walk | None = None
+        self._finished: list[CompressionState | None] = []
+
+    def finish_block(self, state: CompressionState) -> None:
+        """Remember the state in which a block was left."""
+        self._finished.append(state.copy())
+
+    def walk_at(self, index: int, asked_by: str) -> Walk:
+        """The walk, at block ``index``.
+
+        Raises:
+            CalibrationError: there are no calibration data.
+        """
+        if self._make_walk is None:
+            raise CalibrationError(
+                f"{asked_by}: activations were asked for, but there are no calibration data.",
+                fix="pass calibration=….",
+            )
+        if self._walk is None:
+            self._walk = self._make_walk()
+        while self._walk.position < index:
+            state = self._finished[self._walk.position]
+            assert state is not None
+            self._finished[self._walk.position] = None
+            self._walk.advance(state)
+        return self._walk
+
+
+class Context:
+    """The manager's :class:`fxcompress.pass_base.BlockContext`.
+
+    Args:
+        plan: The program's plan.
+        index: Which block.
+        state: The run's state; edits are applied to it while the pass solves.
+        feed: Where activations come from.
+        pass_name: Who solves, for messages.
+        seed: Seed of :attr:`generator`.
+    """
+
+    def __init__(
+        self, plan: Plan, index: int, state: CompressionState, feed: Feed, pass_name: str, seed: int
+    ) -> None:
+        self.program = plan.program
+        self.state = state
+        self.index = index
+        self.name = plan.blocks[index].name
+        self.sites: Sequence[Site] = tuple(plan.block_sites[index])
+        self.generator = torch.Generator().manual_seed(seed)
+        self._plan = plan
+        self._feed = feed
+        self._where = f"pass {pass_name!r}, {self.name}"
+        self._runner: BlockRunner | None = None
+        self._known: dict[tuple[str, bool], ActivationStatistics] = {}
+
+    def weight(self, name: str) -> Tensor:
+        """Current dense tensor of a parameter; read only."""
+        return self.state.weight(name)
+
+    def statistics(self, sites: Sequence[Site], *, gram: bool = False) -> dict[str, Statistics]:
+        """Statistics of the inputs of ``sites``, keyed by ``site.input.name``.
+
+        Inputs already measured since the last edit are not measured again.
+
+        Raises:
+            CalibrationError: no data, a site without an activation input, or NaN/inf in one.
+        """
+        first = {self._input(site).name: site for site in reversed(sites)}
+        missing = {name: site for name, site in first.items() if not self._have(name, gram)}
+        if missing:
+            found = {
+                name: ActivationStatistics(f"{site.name} (input {name})", gram=gram)
+                for name, site in missing.items()
+            }
+            nodes = [self._input(site) for site in missing.values()]
+            walk, runner = self._ready()
+            for values in walk.collect(runner, nodes):
+                for (name, site), node in zip(missing.items(), nodes, strict=True):
+                    found[name].update(as_tokens(site, values[node]))
+            self._known.update({(name, gram): statistics for name, statistics in found.items()})
+        return {name: self._known.get((name, True)) or self._known[(name, gram)] for name in first}
+
+    def batches(self, site: Site) -> Iterator[Tensor]:
+        """The raw input of one site, batch by batch.
+
+        Raises:
+            CalibrationError: no data, or the site has no activation input.
+        """
+        node = self._input(site)
+        walk, runner = self._ready()
+        for values in walk.collect(runner, [node]):
+            yield values[node]
+
+    def edited(self, names: Sequence[str]) -> None:
+        """Called by the manager after each edit: what was measured no longer holds."""
+        self._known.clear()
+        if self._runner is not None:
+            self._runner.forget(names)
+
+    def _have(self, name: str, gram: bool) -> bool:
+        return (name, True) in self._known or (name, gram) in self._known
+
+    def _input(self, site: Site) -> torch.fx.Node:
+        if site.input is None:
+            raise CalibrationError(f"{self._where}: {site.name} has no activation input ({site.kind.value}).")
+        if site not in self.sites:
+            raise CalibrationError(f"{self._where}: {site.name} is not a site of this block.")
+        return site.input
+
+    def _ready(self) -> tuple[Walk, BlockRunner]:
+        walk = self._feed.walk_at(self.index, self._where)
+        if self._runner is None:
+            self._runner = walk.runner(self.state)
+        return walk, self._runner

@@ -1,0 +1,58 @@
+"""What every frontend does to its graph before it becomes a Program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+_ASSERTIONS = frozenset(
+    {
+        "aten::_assert_tensor_metadata",
+        "aten::_assert_scalar",
+        "aten::_assert_async",
+        "aten::sym_constrain_range",
+        "aten::sym_constrain_range_for_size",
+    }
+)
+
+
+def normalize(module: fx.GraphModule, weight_of: Mapping[str, str]) -> fx.GraphModule:
+    """Drop assertions and guards, merge the placeholders of a tied weight, remove dead code.
+
+    Assertions repeat what capture already checked; they would refuse a float64 run of a float32 graph.
+    """
+    graph = module.graph
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name in weight_of:
+            kept = first.setdefault(weight_of[node.name], node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+        elif _is_assertion(node):
+            graph.erase_node(node)
+    _drop_dead_code(graph)
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return str(node.target).startswith("_guards")
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.name().split(".")[0] in _ASSERTIONS
+
+
+def _drop_dead_code(graph: fx.Graph) -> None:
+    """Remove unread pure nodes; placeholders and mutating ops stay."""
+    for node in reversed(list(graph.nodes)):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            pure = not target._schema.is_mutable
+        else:
+            pure = node.op == "get_attr" or not node.is_impure()
+        if pure:
+            graph.erase_node(node)

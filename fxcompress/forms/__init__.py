@@ -1,0 +1,22 @@
+"""The normal form: data types that say how a compressed site computes."""
+
+from fxcompress.forms.activation import ActivationQuantizer, DynamicPerToken, StaticPerTensor
+from fxcompress.forms.component import Component, component, from_spec
+from fxcompress.forms.layout import WeightLayout
+from fxcompress.forms.site_form import Scale, SiteForm, Transform
+from fxcompress.forms.terms import QuantizedWeight, WeightTerm
+
+__all__ = [
+    "ActivationQuantizer",
+    "Component",
+    "DynamicPerToken",
+    "QuantizedWeight",
+    "Scale",
+    "SiteForm",
+    "StaticPerTensor",
+    "Transform",
+    "WeightLayout",
+    "WeightTerm",
+    "component",
+    "from_spec",
+]

@@ -1,0 +1,59 @@
+"""The normal form of a weight site: ``y = T_out(Σ term_i(Q_act(T_in(x)))) + bias``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxcompress.errors import FormatError
+from fxcompress.forms.activation import ActivationQuantizer
+from fxcompress.forms.component import Component, component
+from fxcompress.forms.terms import WeightTerm
+
+
+@dataclass(frozen=True, eq=False)
+class Transform(Component):
+    """A change of the site's input or output basis that could not be folded into a neighbour."""
+
+
+@component("scale")
+@dataclass(frozen=True, eq=False)
+class Scale(Transform):
+    """Multiply the last dimension by ``factor: [K]``."""
+
+    factor: Tensor
+
+
+@component("site-form")
+@dataclass(frozen=True, eq=False)
+class SiteForm(Component):
+    """How a site computes after compression. An empty form leaves the site as it was.
+
+    Args:
+        terms: Summands that replace the weight; empty = the (possibly edited) dense weight.
+        activation: Quantizer of the site's input, or None.
+        transform_in: Applied to the input in order, before the quantizer.
+        transform_out: Applied to the output in order, before the bias.
+        bias: Replacement bias ``[N]``, or None to keep the model's own.
+    """
+
+    terms: tuple[WeightTerm, ...] = ()
+    activation: ActivationQuantizer | None = None
+    transform_in: tuple[Transform, ...] = ()
+    transform_out: tuple[Transform, ...] = ()
+    bias: Tensor | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Sum of the terms in the parameter's shape.
+
+        Raises:
+            FormatError: the form has no terms.
+        """
+        if not self.terms:
+            raise FormatError("SiteForm.dense: the form has no weight terms.")
+        total = self.terms[0].dense(dtype)
+        for term in self.terms[1:]:
+            total = total + term.dense(dtype)
+        return total

@@ -1,0 +1,309 @@
+"""The manager: runs a recipe pass by pass and block by block, applies edits, checks promises, keeps checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fxcompress.calibration.context import Context, Feed
+from fxcompress.calibration.inputs import CalibrationData, as_calibration
+from fxcompress.calibration.walk import Plan, Walk
+from fxcompress.capture.program import Program
+from fxcompress.checkpoint import CheckpointStore, canonical, run_key, step_key
+from fxcompress.edits import CompressionState, Edit, FuseSites, Refuse, SetActivation, SetTransform, SetWeight
+from fxcompress.errors import CalibrationError, CoverageError, FxCompressError, RecipeError, WeightError
+from fxcompress.forms import Component
+from fxcompress.pass_base import Pass
+from fxcompress.progress import ProgressEvent, ProgressOption, Reporter
+from fxcompress.recipe import Recipe
+from fxcompress.report import Report, account_for
+from fxcompress.verify import SiteAudit, check_weights, measure_end_to_end, prove_unchanged
+
+__all__ = ["RunResult", "Verify", "run_recipe"]
+
+Verify = Literal["each", "end", "off"]
+
+_COMPRESSES = "quantized-weights"
+_PROOF_BATCHES = 1
+_END_BATCHES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run gives.
+
+    Args:
+        state: The sum of all edits.
+        report: The account of the run.
+    """
+
+    state: CompressionState
+    report: Report
+
+
+def run_recipe(
+    program: Program,
+    recipe: Any,
+    data: CalibrationData | None = None,
+    *,
+    examples: CalibrationData | None = None,
+    seed: int = 0,
+    verify: Verify = "each",
+    progress: ProgressOption = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> RunResult:
+    """Run a recipe over a captured program.
+
+    Args:
+        program: The captured model; not changed.
+        recipe: Anything :meth:`Recipe.load` reads.
+        data: Calibration data, from :func:`fxcompress.calibration.as_calibration`.
+        examples: Inputs for the checks when there are no calibration data.
+        seed: Of every random choice a pass makes. Equal inputs and seeds give byte-identical states.
+        verify: ``"each"`` proves function-preserving passes in float64, measures every lossy pass site by site
+            and the result end to end; ``"end"`` leaves out the per-site errors; ``"off"`` checks nothing.
+        progress: True for a progress bar, or a callable that gets every step.
+        checkpoint: Folder of finished steps; a run that was stopped continues there.
+
+    Raises:
+        RecipeError: the recipe is wrong, or a pass yielded something illegal.
+        CalibrationError: data are missing or unusable.
+        WeightError: NaN or inf in the model's weights, or in an edit.
+        CoverageError: nothing was changed, or a weight is left without an account.
+        VerificationError: a pass broke its promise.
+
+    Example:
+        >>> result = run_recipe(program, "w8a16")
+        >>> result.report.totals["ratio"]
+    """
+    if verify not in ("each", "end", "off"):
+        raise RecipeError(f"verify is {verify!r}, expected 'each', 'end' or 'off'.")
+    run = _Run(program, Recipe.load(recipe), data, examples, seed, verify)
+    run.check_needs()
+    if checkpoint is not None:
+        run.open_checkpoint(checkpoint)
+    with Reporter(progress) as reporter:
+        return run.execute(reporter)
+
+
+class _Run:
+    """One run's state between its steps."""
+
+    def __init__(
+        self,
+        program: Program,
+        recipe: Recipe,
+        data: CalibrationData | None,
+        examples: CalibrationData | None,
+        seed: int,
+        verify: Verify,
+    ) -> None:
+        self.program, self.recipe, self.seed, self.verify = program, recipe, seed, verify
+        self.plan = Plan(program)
+        self.data = None if data is None else as_calibration(data, program)
+        shown = self.data if self.data is not None else examples
+        self.shown = None if shown is None else as_calibration(shown, program)
+        self.state = CompressionState(program.weights)
+        self.errors: dict[str, float] = {}
+        self.changes = 0
+        self.compresses = any(_COMPRESSES in item.provides for item in recipe)
+        self.report = Report(recipe.to_dict(), ())
+        self.store: CheckpointStore | None = None
+        self.key = ""
+
+    def check_needs(self) -> None:
+        """Everything that can fail is tried before the long work."""
+        if not self.plan.sites:
+            raise CoverageError(
+                "the captured graph uses no weight matrix.", fix="check that the right model was given."
+            )
+        if self.data is None:
+            needy = [item.name for item in self.recipe if item.needs_calibration]
+            if needy:
+                raise CalibrationError(
+                    f"pass {needy[0]!r} needs calibration data and none were given.",
+                    fix="pass calibration=….",
+                )
+        check_weights(self.plan)
+
+    def open_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Use a folder of finished steps."""
+        self.store = CheckpointStore(folder)
+        self.key = run_key(self.program, self.data, self.seed)
+
+    def execute(self, reporter: Reporter) -> RunResult:
+        """Run all passes and checks."""
+        for position, item in enumerate(self.recipe):
+            started = time.perf_counter()
+            self._run_pass(position, item, reporter)
+            self.report.seconds[f"{position + 1} {item.name}"] = time.perf_counter() - started
+        if not self.changes:
+            names = ", ".join(repr(item.name) for item in self.recipe)
+            raise CoverageError(
+                f"the recipe changed nothing: {names} made no edit. {self._refusals()}",
+                fix="check include/exclude and the sizes the passes ask for.",
+            )
+        self.report.rows = account_for(
+            self.program, self.state, self.plan.sites, self.errors, compresses=self.compresses
+        )
+        self._measure_end(reporter)
+        if self.data is not None:
+            counts = {"batches": len(self.data), "tokens": self.data.tokens}
+            self.report.calibration = {"source": self.data.source, **counts}
+        return RunResult(self.state, self.report)
+
+    def _refusals(self) -> str:
+        reasons = [
+            f"{name}: {entry.reason}" for name, entries in self.state.provenance.items() for entry in entries
+        ]
+        return f"First reason: {reasons[0]}" if reasons else ""
+
+    def _run_pass(self, position: int, item: Pass, reporter: Reporter) -> None:
+        before = self.state.copy()
+        data = self.data
+        feed = Feed(None if data is None else lambda: Walk(self.plan, data.flat()))
+        lossy = self.verify == "each" and not item.preserves_function and self.shown is not None
+        audit = (
+            SiteAudit(self.plan, self.shown.sample(_PROOF_BATCHES))
+            if lossy and self.shown is not None
+            else None
+        )
+        edits: list[Edit] = []
+        stage = f"{position + 1}/{len(self.recipe)} {item.name}"
+        reporter.start(stage, len(self.plan.blocks))
+        for index, block in enumerate(self.plan.blocks):
+            start = self.state.copy() if audit is not None else self.state
+            made, resumed = self._step(position, item, index, feed)
+            edits += made
+            if audit is not None:
+                for name, error in audit.block(start, self.state, made).items():
+                    self.errors[name] = max(error, self.errors.get(name, 0.0))
+            feed.finish_block(self.state)
+            reporter.step(ProgressEvent(stage, block.name, index + 1, len(self.plan.blocks), resumed))
+        self._summarize(item, edits)
+        if item.preserves_function and edits:
+            self._prove(item, before, edits)
+
+    def _step(self, position: int, item: Pass, index: int, feed: Feed) -> tuple[list[Edit], bool]:
+        """Solve one block, or read what an earlier run solved."""
+        if self.store is not None:
+            self.key = step_key(self.key, item, index)
+            stored = self.store.load(self.key)
+            if stored is not None:
+                for edit in stored:
+                    self._apply(edit, item)
+                return stored, True
+        made = list(self._solve(position, item, index, feed))
+        if self.store is not None:
+            self.store.save(self.key, made)
+        return made, False
+
+    def _solve(self, position: int, item: Pass, index: int, feed: Feed) -> Iterator[Edit]:
+        digest = hashlib.sha256(f"{self.seed}|{position}|{item.name}|{index}".encode()).digest()
+        seed = int.from_bytes(digest[:7], "little")
+        context = Context(self.plan, index, self.state, feed, item.name, seed)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            try:
+                for yielded in item.solve(context):
+                    edit = canonical(yielded, item.name)
+                    self._apply(edit, item)
+                    context.edited(_names(edit))
+                    yield edit
+            except FxCompressError as error:
+                where = f"pass {item.name!r}, {context.name}"
+                if where in str(error):
+                    raise
+                raise type(error)(f"{where}: {error}") from error
+
+    def _apply(self, edit: Edit, item: Pass) -> None:
+        self._check_edit(edit)
+        self.state.apply(edit, item.name)
+
+    def _check_edit(self, edit: Edit) -> None:
+        """What :meth:`CompressionState.apply` cannot know: sites, and numbers inside forms."""
+        if isinstance(edit, FuseSites):
+            sites = [[site for site in self.plan.uses(name) if site.input is not None] for name in edit.names]
+            shared = set.intersection(*({site.input for site in uses} for uses in sites)) if sites else set()
+            if len(edit.names) < 2 or not shared:
+                raise RecipeError(
+                    f"{edit.name}: fused with {list(edit.names[1:])}, which do not share its input."
+                )
+        elif isinstance(edit, SetActivation | SetTransform):
+            if not any(site.takes_activation for site in self.plan.uses(edit.name)):
+                raise RecipeError(
+                    f"{edit.name}: {type(edit).__name__} on a weight that multiplies no activation."
+                )
+        elif isinstance(edit, SetWeight) and not edit.terms:
+            raise RecipeError(
+                f"{edit.name}: SetWeight without terms.", fix="yield Refuse to leave a weight alone."
+            )
+        for key, tensor in _floats(edit):
+            if not bool(torch.isfinite(tensor).all()):
+                raise WeightError(f"{_names(edit)[0]}: NaN or inf in {key} of its new form.")
+
+    def _summarize(self, item: Pass, edits: Sequence[Edit]) -> None:
+        kinds: dict[str, int] = {}
+        for edit in edits:
+            if not isinstance(edit, Refuse):
+                kinds[type(edit).__name__] = kinds.get(type(edit).__name__, 0) + 1
+        self.changes += sum(kinds.values())
+        self.compresses |= "SetWeight" in kinds
+        refused = sum(1 for edit in edits if isinstance(edit, Refuse))
+        self.report.passes.append(
+            {"name": item.name, "edits": dict(sorted(kinds.items())), "refused": refused}
+        )
+
+    def _prove(self, item: Pass, before: CompressionState, edits: Sequence[Edit]) -> None:
+        if self.verify == "off":
+            return
+        if self.shown is None:
+            self.report.checks.append(
+                {"pass": item.name, "check": "not proven: no inputs were given", "passed": False}
+            )
+            return
+        sample = self.shown.sample(_PROOF_BATCHES)
+        self.report.checks.append(prove_unchanged(self.plan, before, self.state, edits, sample, item.name))
+
+    def _measure_end(self, reporter: Reporter) -> None:
+        if self.verify == "off":
+            return
+        if self.shown is None:
+            self.report.checks.append(
+                {"check": "end to end not measured: no inputs were given", "passed": False}
+            )
+            return
+        started = time.perf_counter()
+        reporter.start("end to end", 1)
+        found = measure_end_to_end(self.plan, self.state, self.shown.sample(_END_BATCHES))
+        self.report.relative_error, self.report.kl = found.relative_error, found.kl
+        self.report.seconds["end to end"] = time.perf_counter() - started
+        reporter.step(ProgressEvent("end to end", "", 1, 1))
+
+
+def _names(edit: Edit) -> tuple[str, ...]:
+    return edit.names if isinstance(edit, FuseSites) else (edit.name,)
+
+
+def _floats(edit: Edit) -> Iterator[tuple[str, Tensor]]:
+    """Floating tensors inside the components of an edit."""
+    parts: list[Component] = []
+    if isinstance(edit, SetWeight):
+        parts = list(edit.terms)
+    elif isinstance(edit, SetActivation):
+        parts = [edit.activation]
+    elif isinstance(edit, SetTransform):
+        parts = [*edit.transform_in, *edit.transform_out]
+        if edit.bias is not None:
+            yield "bias", edit.bias
+    for part in parts:
+        for key, tensor in part.tensors().items():
+            if tensor.is_floating_point():
+                yield key, tensor

@@ -1,0 +1,15 @@
+"""Custom operators ``fxcompress::*`` and their reference implementations.
+
+Each operator is registered as a composite: it stays one node in a pre-dispatch graph, where a backend may
+replace it by a kernel, and decomposes into ordinary tensor operations wherever no backend replaced it. So
+every graph made here runs on every device and under every compiler that PyTorch supports. Importing this
+package registers the operators and does nothing else.
+"""
+
+from fxcompress.ops.activation import apply_quantizer
+from fxcompress.ops.weight import dequantize_weight
+
+# Imported for its registration.
+from fxcompress.ops import embedding  # noqa: F401  isort: skip
+
+__all__ = ["apply_quantizer", "dequantize_weight"]

@@ -1,0 +1,87 @@
+"""Quantization of activations: per token at run time, or per tensor with calibrated parameters.
+
+Codes are signed int8 for 8 bits and fewer. Arithmetic is float32 (float64 for float64 inputs), rounding is
+half to even.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxcompress.errors import FormatError
+from fxcompress.forms.activation import ActivationQuantizer, DynamicPerToken, StaticPerTensor
+from fxcompress.ops._library import composite
+
+__all__ = ["apply_quantizer"]
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+@composite("quantize_per_token(Tensor x, int bits) -> (Tensor q, Tensor scale)")
+def _quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric codes of each token ``x[..., :]``.
+
+    Returns ``q`` int8 like ``x``, within ±(2**(bits−1) − 1), and ``scale`` float32 ``[..., 1]``, the largest
+    magnitude over 2**(bits−1) − 1. A token of zeros (or of values below 1e-36, whose scale would be no normal
+    number) gets scale 1. A token with NaN or inf gets a scale that is NaN or inf, so the fault stays visible.
+    """
+    qmax = (1 << (bits - 1)) - 1
+    scale = (_wide(x.abs().amax(dim=-1, keepdim=True)) / qmax).to(torch.float32)
+    scale = torch.where(scale < _TINY, torch.ones_like(scale), scale)  # false for NaN
+    q = torch.round(_wide(x) / scale).clamp(-qmax, qmax)
+    return q.to(torch.int8), scale
+
+
+@composite("quantize_per_tensor(Tensor x, Tensor scale, Tensor zero, int bits) -> Tensor")
+def _quantize_per_tensor(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """``clamp(round(x / scale) + zero)`` as int8 within −2**(bits−1) … 2**(bits−1) − 1, for finite ``x``."""
+    bound = 1 << (bits - 1)
+    return (torch.round(_wide(x) / scale) + zero).clamp(-bound, bound - 1).to(torch.int8)
+
+
+@composite("dequantize_activation(Tensor q, Tensor scale, Tensor? zero, ScalarType dtype) -> Tensor")
+def _dequantize_activation(q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``scale · (q − zero)`` in ``dtype``; ``scale`` and ``zero`` broadcast against ``q``."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    value = q.to(compute)
+    if zero is not None:
+        value = value - zero.to(compute)
+    return (value * scale.to(compute)).to(dtype)
+
+
+def apply_quantizer(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+    """Quantize and dequantize an activation: the values a quantized product sees.
+
+    Args:
+        x: ``[..., K]`` floating.
+        quantizer: How.
+
+    Returns:
+        ``[..., K]`` in the dtype of ``x``.
+
+    Raises:
+        FormatError: the quantizer is of an unknown type.
+
+    Example:
+        >>> apply_quantizer(torch.tensor([[0.0, 1.0, 127.0]]), DynamicPerToken(bits=8)).tolist()
+        [[0.0, 1.0, 127.0]]
+    """
+    ops = torch.ops.fxcompress
+    value: Tensor
+    if isinstance(quantizer, DynamicPerToken):
+        q, scale = ops.quantize_per_token.default(x, quantizer.bits)
+        value = ops.dequantize_activation.default(q, scale, None, x.dtype)
+    elif isinstance(quantizer, StaticPerTensor):
+        q = ops.quantize_per_tensor.default(x, quantizer.scale, quantizer.zero, quantizer.bits)
+        value = ops.dequantize_activation.default(q, quantizer.scale, quantizer.zero, x.dtype)
+    else:
+        raise FormatError(
+            f"apply_quantizer: unknown activation quantizer {type(quantizer).__name__}.",
+            fix="use DynamicPerToken or StaticPerTensor.",
+        )
+    return value

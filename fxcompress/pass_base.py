@@ -1,0 +1,92 @@
+"""The pass protocol: a pass is a small frozen dataclass whose fields are its options."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fxcompress.analysis.site_types import Site
+from fxcompress.capture.program import Program
+from fxcompress.edits import CompressionState, Edit
+
+
+class Statistics(Protocol):
+    """Streaming statistics of one activation tensor ``x`` read as ``[T, K]`` (all leading dims are tokens)."""
+
+    count: int  # T so far
+    minimum: Tensor  # [K]
+    maximum: Tensor  # [K]
+    absmax: Tensor  # [K]
+    mean: Tensor  # [K]
+    mean_abs: Tensor  # [K]
+    second_moment: Tensor  # [K]: E[x²]
+
+    @property
+    def gram(self) -> Tensor:
+        """``[K, K]`` float32: Σ x xᵀ / T. Only when collected with ``gram=True``."""
+        ...
+
+
+class BlockContext(Protocol):
+    """What a pass sees of one block (a segment of the program). All tensors are read only."""
+
+    program: Program
+    state: CompressionState
+    index: int  # 0-based number of the block
+    name: str  # e.g. "block 3/30" for messages
+    sites: Sequence[Site]  # sites whose op lies in this block, in graph order; a tied weight appears per use
+    generator: torch.Generator  # seeded per (run seed, pass, block)
+
+    def weight(self, name: str) -> Tensor:
+        """Current dense tensor of a parameter (see CompressionState.weight)."""
+        ...
+
+    def statistics(self, sites: Sequence[Site], *, gram: bool = False) -> dict[str, Statistics]:
+        """Statistics of the inputs of ``sites``, keyed by ``site.input.name``; sites sharing an input share them.
+
+        Runs the calibration batches through the block with all edits applied so far (including those of
+        earlier blocks, and activation quantizers), so inputs are what the compressed model will see.
+        """
+        ...
+
+    def batches(self, site: Site) -> Iterator[Tensor]:
+        """The raw input tensors of one site, one per calibration batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Base of all passes. Subclass as ``@dataclass(frozen=True)``; fields are the options.
+
+    Class attributes:
+        name: Dashed name used in recipes, e.g. ``"quantize-weights"``.
+        summary: One line for ``fxcompress list``.
+        source: Paper or reference of the method.
+        requires: Capabilities that must have been provided by an earlier pass of the recipe.
+        provides: Capabilities this pass gives, e.g. ``{"quantized-weights"}``.
+        conflicts: Capabilities that must *not* have been provided earlier (illegal orders, refused by name).
+        needs_calibration: Whether data are required.
+        preserves_function: The pass promises an unchanged function; the manager proves it in float64.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+    needs_calibration: ClassVar[bool] = False
+    preserves_function: ClassVar[bool] = False
+
+    @abstractmethod
+    def solve(self, block: BlockContext) -> Iterator[Edit]:
+        """Yield the edits for one block, in order.
+
+        The manager applies each edit to ``block.state`` as soon as it is yielded, so statistics asked for
+        afterwards see it. Must not mutate any tensor it was given.
+        """

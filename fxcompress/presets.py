@@ -1,0 +1,53 @@
+"""The recipes that come with the program, as data in the same shape as a recipe file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["PRESETS", "recipes"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "w8a16": {
+        "summary": "8-bit weights, full-precision activations; needs no data and is close to lossless",
+        "passes": [{"quantize-weights": {"bits": 8}}, "fuse-siblings"],
+    },
+    "w4a16": {
+        "summary": "4-bit weights in groups of 64 with a range search; needs no data",
+        "passes": [{"quantize-weights": {"bits": 4, "group_size": 64, "search": True}}, "fuse-siblings"],
+    },
+    "w4a16-gptq": {
+        "summary": "4-bit weights rounded by GPTQ on calibration data; the best 4-bit quality",
+        "passes": [
+            {"gptq": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "search": True, "only_remaining": True}},
+            "fuse-siblings",
+        ],
+    },
+    "w8a8": {
+        "summary": "8-bit weights per channel and 8-bit activations per token; needs no data, fast prefill",
+        "passes": [
+            {"quantize-weights": {"bits": 8, "group_size": 0}},
+            {"quantize-activations": {"bits": 8, "mode": "dynamic"}},
+            "fuse-siblings",
+        ],
+    },
+    "w8a8-smooth": {
+        "summary": "w8a8 after moving activation outliers into the weights; needs calibration data",
+        "passes": [
+            "smooth-activations",
+            {"quantize-weights": {"bits": 8, "group_size": 0}},
+            {"quantize-activations": {"bits": 8, "mode": "dynamic"}},
+            "fuse-siblings",
+        ],
+    },
+}
+
+
+def recipes() -> dict[str, str]:
+    """Names of the built-in recipes with a one-line summary each.
+
+    Example:
+        >>> recipes()["w8a16"]
+        '8-bit weights, full-precision activations; needs no data and is close to lossless'
+    """
+    return {name: str(preset["summary"]) for name, preset in PRESETS.items()}

@@ -1,0 +1,188 @@
+"""The catalogue of passes and backends: names to ``"module:Class"`` strings, imported only when asked for.
+
+This is the only place where the core names a pass or a backend. Third parties add theirs through the entry-point
+groups ``fxcompress.passes`` and ``fxcompress.backends``, or at run time through :func:`register_pass`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any, TypeVar
+
+from fxcompress.errors import BackendError, FxCompressError, RecipeError
+from fxcompress.pass_base import Pass
+
+__all__ = [
+    "BUILTIN_BACKENDS",
+    "BUILTIN_PASSES",
+    "backend_class",
+    "backend_names",
+    "close_matches",
+    "pass_class",
+    "pass_names",
+    "register_pass",
+]
+
+PASS_GROUP = "fxcompress.passes"
+BACKEND_GROUP = "fxcompress.backends"
+
+BUILTIN_PASSES: dict[str, str] = {
+    "smooth-activations": "fxcompress.passes.smooth_activations:SmoothActivations",
+    "gptq": "fxcompress.passes.gptq:Gptq",
+    "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
+    "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",
+    "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
+}
+BUILTIN_BACKENDS: dict[str, str] = {}
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_registered: dict[str, type[Pass]] = {}
+
+P = TypeVar("P", bound=type[Pass])
+
+
+def close_matches(name: str, known: Iterable[str]) -> str:
+    """Help for a mistyped name: the closest known names, or all of them."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(choices)}."
+
+
+def register_pass(cls: P) -> P:
+    """Make a pass known by its name for this process; also usable as a class decorator.
+
+    Args:
+        cls: A frozen dataclass derived from :class:`fxcompress.Pass` with a dashed ``name`` and a ``solve``.
+
+    Returns:
+        ``cls`` itself.
+
+    Raises:
+        RecipeError: the class is no valid pass, or the name belongs to another pass.
+
+    Example:
+        >>> @register_pass
+        ... @dataclass(frozen=True)
+        ... class RoundWeights(Pass):
+        ...     name = "round-weights"
+        ...     def solve(self, block): ...
+    """
+    check_pass_class(cls)
+    old = _registered.get(cls.name)
+    redefined = old is not None and _path(old) == _path(cls)  # a notebook cell that is run again
+    if not redefined and cls.name in pass_names() and BUILTIN_PASSES.get(cls.name) != _path(cls):
+        raise RecipeError(
+            f"register_pass({cls.__qualname__}): the name {cls.name!r} belongs to another pass.",
+            fix="choose another `name`.",
+        )
+    _registered[cls.name] = cls
+    return cls
+
+
+def check_pass_class(cls: Any) -> None:
+    """Refuse anything that is not a usable pass class.
+
+    Raises:
+        RecipeError: saying what is missing.
+    """
+    where = getattr(cls, "__qualname__", repr(cls))
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise RecipeError(f"{where}: not a pass.", fix="derive the class from fxcompress.Pass.")
+    if "__dataclass_fields__" not in vars(cls):
+        raise RecipeError(f"{where}: not a dataclass.", fix="decorate it with @dataclass(frozen=True).")
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RecipeError(
+            f"{where}: name is {name!r}, expected lower-case words joined by dashes.",
+            fix='set a class attribute such as name = "round-weights".',
+        )
+    if inspect.isabstract(cls):
+        raise RecipeError(f"{where}: solve() is missing.", fix="implement solve(self, block).")
+    for attribute in ("requires", "provides", "conflicts"):
+        value = getattr(cls, attribute)
+        if not isinstance(value, property) and not (
+            isinstance(value, frozenset) and all(isinstance(item, str) for item in value)
+        ):
+            raise RecipeError(f"{where}: {attribute} is {value!r}, expected a frozenset of strings.")
+    names = {field.name for field in dataclasses.fields(cls)}
+    if names & {"requires", "provides", "conflicts", "needs_calibration", "preserves_function"}:
+        raise RecipeError(
+            f"{where}: rules of a pass are class attributes, not options.", fix="annotate them with ClassVar."
+        )
+
+
+def pass_names() -> list[str]:
+    """Names of all passes that can be used, sorted; imports none of them."""
+    return sorted({*BUILTIN_PASSES, *_registered, *_entry_points(PASS_GROUP)})
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The pass class of that name, imported now if need be.
+
+    Raises:
+        RecipeError: unknown name, two providers of it, or a provider that cannot be loaded.
+    """
+    if name in _registered:
+        return _registered[name]
+    cls = _find(name, BUILTIN_PASSES, PASS_GROUP, "pass", RecipeError)
+    check_pass_class(cls)
+    if cls.name != name:
+        raise RecipeError(f"pass {name!r}: its class {cls.__qualname__} calls itself {cls.name!r}.")
+    found: type[Pass] = cls
+    return found
+
+
+def backend_names() -> list[str]:
+    """Names of all backends that can be asked for, sorted; imports none of them."""
+    return sorted({*BUILTIN_BACKENDS, *_entry_points(BACKEND_GROUP)})
+
+
+def backend_class(name: str) -> Any:
+    """The backend class of that name, imported now if need be.
+
+    Raises:
+        BackendError: unknown name, two providers of it, or a provider that cannot be loaded.
+    """
+    return _find(name, BUILTIN_BACKENDS, BACKEND_GROUP, "backend", BackendError)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
+    found: dict[str, list[metadata.EntryPoint]] = {}
+    for point in metadata.entry_points(group=group):
+        providers = found.setdefault(point.name, [])
+        if all(
+            point.value != other.value for other in providers
+        ):  # one install can be seen twice on sys.path
+            providers.append(point)
+    return found
+
+
+def _find(name: str, builtin: dict[str, str], group: str, what: str, error: type[FxCompressError]) -> Any:
+    points = _entry_points(group)
+    providers = [builtin[name]] if name in builtin else []
+    providers += [point.value for point in points.get(name, [])]
+    if not providers:
+        raise error(f"unknown {what} {name!r}.", fix=close_matches(name, {*builtin, *points, *_registered}))
+    if len(providers) > 1:
+        raise error(
+            f"{what} {name!r} has several providers: {', '.join(providers)}.",
+            fix="uninstall all but one, or ask its author for another name.",
+        )
+    module, _, qualname = providers[0].partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as failure:
+        raise error(f"{what} {name!r}: {providers[0]} cannot be loaded: {failure}.") from failure
+    return found

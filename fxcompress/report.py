@@ -1,0 +1,313 @@
+"""The report of a run: an account of every parameter, what the checks found, and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fxcompress.analysis.site_types import Site
+from fxcompress.capture.program import Program
+from fxcompress.edits import CompressionState
+from fxcompress.errors import ArtifactError, CoverageError
+from fxcompress.forms import DynamicPerToken, QuantizedWeight, SiteForm, StaticPerTensor
+
+__all__ = ["Report", "WeightRow", "account_for", "describe_form"]
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """The account of one parameter.
+
+    Args:
+        name: Canonical qualified name.
+        shape: As stored in the model.
+        dtype: E.g. ``"float32"``.
+        bytes_before: Stored bytes in the model.
+        bytes_after: Stored bytes after the run.
+        form: How it is stored and used now, e.g. ``"int4 asym g64"`` or ``"kept"``.
+        passes: Passes that changed it, in order.
+        error: Largest relative output error a pass caused at it, or None when not measured.
+        reason: Why it was left as it is; empty for a compressed one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+    form: str
+    passes: tuple[str, ...] = ()
+    error: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    Args:
+        recipe: The recipe as plain data.
+        rows: One per parameter, in the order of the model.
+        passes: Per pass: its name, number of edits by kind, and refusals.
+        checks: Proofs and checks that ran, one mapping each.
+        kl: Mean KL divergence per token in nats, or None.
+        relative_error: End-to-end relative output error, or None.
+        calibration: Source, batches and tokens of the data, empty without.
+        seconds: Wall time per stage; not part of :meth:`to_dict` unless asked for.
+
+    Example:
+        >>> report.show()
+        >>> report.to_dict()["totals"]["ratio"]
+        3.7
+    """
+
+    recipe: dict[str, Any]
+    rows: tuple[WeightRow, ...]
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    kl: float | None = None
+    relative_error: float | None = None
+    calibration: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all parameters in the model."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all parameters after the run."""
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Counts and bytes over all parameters."""
+        after = self.bytes_after
+        return {
+            "parameters": len(self.rows),
+            "compressed": sum(1 for row in self.rows if row.form != "kept"),
+            "kept": sum(1 for row in self.rows if row.form == "kept"),
+            "bytes_before": self.bytes_before,
+            "bytes_after": after,
+            "ratio": round(self.bytes_before / after, 4) if after else 1.0,
+        }
+
+    def to_dict(self, *, timings: bool = False) -> dict[str, Any]:
+        """JSON-safe data, equal for equal runs; ``timings=True`` adds the wall times."""
+        data: dict[str, Any] = {
+            "recipe": self.recipe,
+            "totals": self.totals,
+            "relative_error": self.relative_error,
+            "kl": self.kl,
+            "calibration": self.calibration,
+            "passes": self.passes,
+            "checks": self.checks,
+            "weights": [
+                dataclasses.asdict(row) | {"shape": list(row.shape), "passes": list(row.passes)}
+                for row in self.rows
+            ],
+        }
+        return data | {"seconds": self.seconds} if timings else data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read back what :meth:`to_dict` gave.
+
+        Raises:
+            ArtifactError: keys are missing or of the wrong kind.
+        """
+        try:
+            rows = tuple(
+                WeightRow(**{**row, "shape": tuple(row["shape"]), "passes": tuple(row["passes"])})
+                for row in data["weights"]
+            )
+            return cls(
+                recipe=dict(data["recipe"]),
+                rows=rows,
+                passes=list(data["passes"]),
+                checks=list(data["checks"]),
+                kl=data["kl"],
+                relative_error=data["relative_error"],
+                calibration=dict(data["calibration"]),
+                seconds=dict(data.get("seconds", {})),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"report: not in the expected shape: {error!r}.") from error
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the report as a table; repeated blocks share a line.
+
+        Args:
+            console: Where to print. Default: standard output.
+        """
+        console = console or Console()
+        table = Table(title=f"fxcompress: {self.recipe.get('name') or 'recipe'}", title_justify="left")
+        for heading in ("weight", "n", "shape", "form", "MB before", "MB after", "error", "passes / reason"):
+            right = heading in ("n", "MB before", "MB after", "error")
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        for pattern, rows in self.groups():
+            table.add_row(pattern, *_cells(rows))
+        console.print(table)
+        for line in self._lines():
+            console.print(line, markup=False, highlight=False)
+
+    def groups(self) -> list[tuple[str, list[WeightRow]]]:
+        """Rows of repeated blocks together: same name but for numbers, same shape, form, passes and reason."""
+        grouped: dict[tuple[Any, ...], list[WeightRow]] = {}
+        for row in self.rows:
+            key = (re.sub(r"\d+", "*", row.name), row.shape, row.dtype, row.form, row.passes, row.reason)
+            grouped.setdefault(key, []).append(row)
+        return [(_pattern([row.name for row in rows]), rows) for rows in grouped.values()]
+
+    def _lines(self) -> list[str]:
+        totals = self.totals
+        before, after = totals["bytes_before"] / 1e6, totals["bytes_after"] / 1e6
+        lines = [
+            f"total: {before:.1f} MB -> {after:.1f} MB ({totals['ratio']:.2f}x), {totals['compressed']} compressed"
+        ]
+        if self.relative_error is not None:
+            scored = f", KL {self.kl:.3e} nats per token" if self.kl is not None else ""
+            lines.append(f"end to end: relative error {self.relative_error:.3e}{scored}")
+        for check in self.checks:
+            lines.append(", ".join(f"{key}: {value}" for key, value in check.items()))
+        for item in self.passes:
+            if not item["edits"]:
+                lines.append(f"note: pass {item['name']!r} changed nothing")
+        return lines
+
+
+def _cells(rows: Sequence[WeightRow]) -> list[str]:
+    first = rows[0]
+    errors = [row.error for row in rows if row.error is not None]
+    shown = (
+        ""
+        if not errors
+        else f"{min(errors):.1e}"
+        if len(errors) == 1
+        else f"{min(errors):.1e}–{max(errors):.1e}"
+    )
+    return [
+        str(len(rows)),
+        "×".join(map(str, first.shape)) or "scalar",
+        first.form,
+        f"{sum(row.bytes_before for row in rows) / 1e6:.2f}",
+        f"{sum(row.bytes_after for row in rows) / 1e6:.2f}",
+        shown,
+        first.reason or ", ".join(first.passes),
+    ]
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """``layers.0.w, layers.1.w`` → ``layers.{0–1}.w``."""
+    if len(names) == 1:
+        return names[0]
+    split = [re.split(r"(\d+)", name) for name in names]
+    parts = []
+    for column in zip(*split, strict=True):
+        numbers = sorted({int(part) for part in column}) if column[0].isdigit() else []
+        parts.append(f"{{{numbers[0]}–{numbers[-1]}}}" if len(numbers) > 1 else column[0])
+    return "".join(parts)
+
+
+def describe_form(form: SiteForm) -> str:
+    """A form in a few words: ``int4 asym g64 + int8 activations per token``."""
+    parts = []
+    for term in form.terms:
+        if isinstance(term, QuantizedWeight):
+            sizes = {0: "per row", -1: "per matrix"}
+            group = sizes.get(term.group_size, f"g{term.group_size}")
+            parts.append(f"int{term.bits} {'sym' if term.symmetric else 'asym'} {group}")
+        else:
+            parts.append(term.kind)
+    activation = form.activation
+    if isinstance(activation, DynamicPerToken):
+        parts.append(f"int{activation.bits} activations per token")
+    elif isinstance(activation, StaticPerTensor):
+        parts.append(f"int{activation.bits} activations static")
+    elif activation is not None:
+        parts.append(f"{activation.kind} activations")
+    parts += [f"{transform.kind} in" for transform in form.transform_in]
+    parts += [f"{transform.kind} out" for transform in form.transform_out]
+    return " + ".join(parts)
+
+
+def account_for(
+    program: Program,
+    state: CompressionState,
+    sites: Sequence[Site],
+    errors: Mapping[str, float],
+    *,
+    compresses: bool,
+) -> tuple[WeightRow, ...]:
+    """One row for every parameter of the model.
+
+    Args:
+        program: The program.
+        state: The finished state.
+        sites: All weight sites.
+        errors: Measured error by parameter.
+        compresses: Whether some pass of the recipe compresses weights, so that each weight needs a reason.
+
+    Raises:
+        CoverageError: weights that no pass changed and none gave a reason for.
+    """
+    used = {site.name for site in sites}
+    rows, unaccounted = [], []
+    for name, tensor in program.weights.items():
+        if name not in program.parameters:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        form = state.form(name)
+        history = state.provenance.get(name, [])
+        changed = tuple(dict.fromkeys(entry.pass_name for entry in history if entry.action != "Refuse"))
+        refusals = [entry for entry in history if entry.action == "Refuse"]
+        reported = errors.get(name, max((e.error for e in history if e.error is not None), default=None))
+        after = form.nbytes + (0 if form.terms else size)
+        text = describe_form(form)
+        reason = ""
+        if not form.terms:
+            reason = _reason(
+                tensor.dim(), tensor.is_floating_point(), name in used, refusals, changed, compresses
+            )
+            if not reason:
+                unaccounted.append(name)
+        if not text:
+            text = "edited" if name in state.tensors else "kept"
+        rows.append(
+            WeightRow(
+                name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), size, after, text, changed,
+                reported, reason,
+            )
+        )  # fmt: skip
+    if unaccounted:
+        raise CoverageError(
+            f"{len(unaccounted)} weights were neither compressed nor refused, the first is {unaccounted[0]}.",
+            fix="let a pass of the recipe yield Refuse(name, reason) for what it leaves.",
+        )
+    return tuple(rows)
+
+
+def _reason(
+    dims: int, floating: bool, used: bool, refusals: Sequence[Any], changed: Sequence[str], compresses: bool
+) -> str:
+    """Why a parameter has no weight terms; empty when nobody said."""
+    if refusals:
+        return "; ".join(dict.fromkeys(f"{entry.pass_name}: {entry.reason}" for entry in refusals))
+    if dims < 2:
+        return "vector"
+    if not floating:
+        return "not floating point"
+    if not used:
+        return "not used by the captured graph"
+    if not compresses:
+        return (
+            f"only changed by {', '.join(changed)}" if changed else "no pass of the recipe compresses weights"
+        )
+    return ""

@@ -1,0 +1,63 @@
+"""The packed weights of one compressed model: built on demand from its forms, shared by all its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from fxcompress.apply import TensorRef, form_tensor
+from fxcompress.edits import CompressionState
+from fxcompress.errors import BindingError
+from fxcompress.forms import QuantizedWeight
+
+
+class WeightLayouter(Protocol):
+    """A backend's memory layout (see ``fxcompress.backends.cpu.layouts``)."""
+
+    name: str
+
+    def pack(self, terms: Sequence[QuantizedWeight]) -> dict[str, Tensor]:
+        """Lay out the terms."""
+        ...
+
+
+class WeightStore:
+    """Owner of the compressed weights of one model (or of one set of parameters).
+
+    Args:
+        state: The forms; their tensors may be lazy (memory-mapped), packed results are resident.
+    """
+
+    def __init__(self, state: CompressionState) -> None:
+        self.state = state
+        self._packed: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = {}
+        self._raw: dict[TensorRef, Tensor] = {}
+
+    def packed(self, layout: WeightLayouter, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Packed tensors of the parameters ``names``, rows concatenated; built once.
+
+        Raises:
+            BindingError: a parameter has no single quantized weight.
+        """
+        key = (layout.name, tuple(names))
+        if key not in self._packed:
+            terms = []
+            for name in names:
+                form = self.state.forms.get(name)
+                if form is None or len(form.terms) != 1 or not isinstance(form.terms[0], QuantizedWeight):
+                    raise BindingError(f"{name}: no single quantized weight to pack.")
+                terms.append(form.terms[0])
+            self._packed[key] = {tensor: value.contiguous() for tensor, value in layout.pack(terms).items()}
+        return self._packed[key]
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        """A form tensor in its stored layout, resident from now on."""
+        if ref not in self._raw:
+            self._raw[ref] = form_tensor(self.state, ref)
+        return self._raw[ref]
+
+    def resident_tensors(self) -> list[Tensor]:
+        """Every tensor the store keeps in memory."""
+        return [tensor for packed in self._packed.values() for tensor in packed.values()] + list(self._raw.values())

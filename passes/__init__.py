@@ -1,0 +1,15 @@
+"""Compression methods, one module per method."""
+
+if __name__ != "fxcompress.passes":
+    raise ImportError(
+        f"these modules are the package 'fxcompress.passes', but were imported as {__name__!r}:"
+        " a second copy would register every pass twice."
+        " Install the project (pip install -e .) and import fxcompress.passes."
+    )
+
+from fxcompress.passes.fuse_siblings import FuseSiblings
+from fxcompress.passes.gptq import Gptq
+from fxcompress.passes.quantize_activations import QuantizeActivations
+from fxcompress.passes.quantize_weights import QuantizeWeights
+
+__all__ = ["FuseSiblings", "Gptq", "QuantizeActivations", "QuantizeWeights"]

@@ -1,0 +1,288 @@
+"""GPTQ: round weights so that the outputs on calibration data change least.
+
+    linear(x, w)  →  linear(x, dequantize_weight(codes, scale, zero))
+
+Frantar et al., 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
+(arXiv:2210.17323). Number format, size and speed are those of ``quantize-weights``; only the codes differ.
+Keeps: every use of the weight, its shape and dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fxcompress.analysis.site_types import Site, SiteKind
+from fxcompress.edits import Edit, Refuse, SetWeight
+from fxcompress.errors import CalibrationError, FormatError, RecipeError
+from fxcompress.formats import IntFormat
+from fxcompress.formats.integer import make_term
+from fxcompress.pass_base import BlockContext
+from fxcompress.passes._gptq_solver import Solution, gptq_solve
+from fxcompress.passes._input_rows import matrix_count, site_rows, unsupported
+from fxcompress.passes._selection import (
+    Candidate,
+    Role,
+    SelectivePass,
+    candidates,
+    describe,
+    fitting_format,
+    not_smaller,
+)
+
+_GRAM_NUMBERS = 1 << 28  # Gram matrices of many experts are collected in parts of this many numbers (1 GiB)
+
+
+@dataclass(frozen=True)
+class Gptq(SelectivePass):
+    """Round weights one column after the other, each making up for the error of those before it.
+
+    Embeddings and output heads are left to a later ``quantize-weights`` with ``only_remaining``.
+
+    Args:
+        bits: Code width, 2…8. Default 4.
+        symmetric: Levels symmetric around zero. Default False.
+        group_size: Inputs that share a scale; 0 = one scale per row. Default 64; rows shorter than a group
+            get one scale per row.
+        damping: Added to the diagonal of the Hessian, relative to its mean. Default 0.01 (paper, section
+            3.3). More makes the result depend less on the calibration text.
+        shrinkage: ρ in 0…1: correlations between inputs are multiplied by 1 − ρ (shrinkage of a covariance
+            towards its diagonal, Schäfer & Strimmer, 2005, target D; its use here is our own). 0 is the
+            paper's method, 1 is rounding to nearest. Default 0.
+        act_order: Round columns in the order of their inputs' mean squares. Default True (reference code).
+        static_groups: Choose scales before rounding, so that groups stay contiguous under ``act_order``.
+            False refits each group when it is reached, as the paper does, and needs ``act_order=False``.
+            Default True.
+        block_columns: Columns between two updates of all later ones; speed only. Default 128 (paper, section
+            3.3).
+        search: Choose each range by least ``Σ|ŵ − w|^2.4`` instead of covering it. Default True.
+        weighted_search: Weight that error with the mean square of each input (our own). Default False.
+        sequential: ``"stage"``: calibrate again after every set of weights with the same input, so that each
+            sees the errors of those before it in the same block (reference code, ``--true-sequential``).
+            ``"block"``: calibrate once per block; faster. Default ``"stage"``.
+        include, exclude: Name patterns, see :class:`SelectivePass`.
+
+    Raises:
+        RecipeError, FormatError: an option is out of range.
+        CalibrationError: the data gave NaN or inf.
+
+    Example:
+        >>> Gptq(bits=3, group_size=32, damping=0.1).needs_calibration
+        True
+    """
+
+    bits: int = 4
+    symmetric: bool = False
+    group_size: int = 64
+    damping: float = 0.01
+    shrinkage: float = 0.0
+    act_order: bool = True
+    static_groups: bool = True
+    block_columns: int = 128
+    search: bool = True
+    weighted_search: bool = False
+    sequential: Literal["block", "stage"] = "stage"
+
+    name: ClassVar[str] = "gptq"
+    summary: ClassVar[str] = "Round weights so that outputs on calibration data change least."
+    source: ClassVar[str] = "Frantar et al., 2022 (GPTQ, arXiv:2210.17323)"
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized-weights"})
+    needs_calibration: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            fmt = self.format
+        except FormatError as error:
+            raise FormatError(f"{self.name}: {error}") from None
+        if fmt.group_size < 0:
+            raise RecipeError(
+                f"{self.name}: group_size={self.group_size}; one scale per matrix is not supported.",
+                fix="group_size=0 gives one scale per row.",
+            )
+        for option in ("symmetric", "act_order", "static_groups", "search", "weighted_search"):
+            if not isinstance(getattr(self, option), bool):
+                raise RecipeError(f"{self.name}: {option}={getattr(self, option)!r}, expected true or false.")
+        _check_number(self.name, "damping", self.damping, 0, 1e6)
+        _check_number(self.name, "shrinkage", self.shrinkage, 0, 1)
+        if type(self.block_columns) is not int or self.block_columns < 1:
+            raise RecipeError(
+                f"{self.name}: block_columns={self.block_columns!r}, expected a positive integer."
+            )
+        if self.sequential not in ("block", "stage"):
+            raise RecipeError(f"{self.name}: sequential={self.sequential!r}, expected 'block' or 'stage'.")
+        if self.act_order and not self.static_groups:
+            raise RecipeError(
+                f"{self.name}: static_groups=False does not go with act_order=True.", fix="act_order=False."
+            )
+
+    @property
+    def format(self) -> IntFormat:
+        """The number format of the codes."""
+        return IntFormat(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
+
+    def solve(self, block: BlockContext) -> Iterator[Edit]:
+        """Yield a :class:`SetWeight` or a :class:`Refuse` for every weight of the block."""
+        self.check_patterns(block.program)
+        chosen = []
+        for candidate in candidates(block):
+            reason = self._unsuitable(block, candidate)
+            if reason is None:
+                chosen.append(candidate)
+            else:
+                yield Refuse(candidate.name, reason)
+        stages = _stages(chosen)
+        if self.sequential == "block":
+            grams = _linear_grams(block, [candidate for stage in stages for candidate in stage])
+            for stage in stages:
+                for candidate in stage:
+                    yield self._edit(block, candidate, grams.get(candidate.name))
+            return
+        for stage in stages:
+            grams = _linear_grams(block, stage)
+            for candidate in stage:
+                yield self._edit(block, candidate, grams.get(candidate.name))
+
+    def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
+        reason = self.unselected(block.program, candidate.name)
+        if reason is not None:
+            return reason
+        if candidate.role is Role.EMBEDDING:
+            return "embedding: a look-up has no input to calibrate with"
+        if candidate.role is Role.HEAD:
+            return "output head: its error reaches the output directly; left to quantize-weights"
+        reason = unsupported(candidate.primary)
+        if reason is not None:
+            return reason
+        fmt = fitting_format(self.format, candidate.primary.layout.matrix_shape[2])
+        return not_smaller(fmt, candidate.primary, block.weight(candidate.name).dtype)
+
+    def _edit(self, block: BlockContext, candidate: Candidate, gram: Tensor | None) -> Edit:
+        name, site = candidate.name, candidate.primary
+        layout = site.layout
+        matrix = layout.to_matrix(block.weight(name))  # [B, N, K]
+        batch, rows, columns = layout.matrix_shape
+        fmt = fitting_format(self.format, columns)
+        count = matrix_count(site)
+        split = matrix.reshape(count, -1, columns)  # groups of a convolution become matrices
+        step = max(1, _GRAM_NUMBERS // columns**2)
+        solutions = []
+        for start in range(0, count, step):
+            part = range(start, min(count, start + step))
+            if site.kind is not SiteKind.LINEAR:
+                gram = _moments(block, candidate, part)
+            if gram is None:
+                return Refuse(name, "no calibration token reaches it")
+            solutions.append(self._solve(name, split[part.start : part.stop], gram, fmt))
+        codes = torch.cat([solution.codes for solution in solutions]).reshape(batch, rows, columns)
+        scale = torch.cat([solution.scale for solution in solutions]).reshape(batch, rows, -1)
+        zeros = [solution.zero for solution in solutions if solution.zero is not None]
+        zero = torch.cat(zeros).reshape(batch, rows, -1) if zeros else None
+        error, plain = _relative(solutions, "loss"), _relative(solutions, "rounding_loss")
+        reason = f"{describe(fmt)}, output error {error:.2%} (rounding to nearest {plain:.2%})"
+        used = max(solution.damping for solution in solutions)
+        if used > self.damping:
+            reason += f", damping raised to {used:g}"
+        return SetWeight(name, (make_term(codes, scale, zero, layout, fmt),), reason=reason, error=error)
+
+    def _solve(self, name: str, w: Tensor, gram: Tensor, fmt: IntFormat) -> Solution:
+        try:
+            return gptq_solve(
+                w,
+                gram.expand(len(w), -1, -1),
+                fmt,
+                damping=float(self.damping),
+                shrinkage=float(self.shrinkage),
+                act_order=self.act_order,
+                static_groups=self.static_groups,
+                block_columns=self.block_columns,
+                search=self.search,
+                weighted_search=self.weighted_search,
+            )
+        except CalibrationError as error:
+            raise CalibrationError(f"{self.name}: {name}: {error}") from error
+
+
+def _stages(chosen: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Linear sites that read the same value together, all others alone, in graph order."""
+    stages: dict[object, list[Candidate]] = {}
+    for candidate in chosen:
+        alone = candidate.primary.kind is not SiteKind.LINEAR
+        stages.setdefault(candidate.name if alone else candidate.primary.input, []).append(candidate)
+    return list(stages.values())
+
+
+def _uses(candidate: Candidate) -> list[Site]:
+    """Uses in this block that read the weight as the primary one does."""
+    first = candidate.primary
+    return [site for site in candidate.here if site.kind is first.kind and site.layout == first.layout]
+
+
+def _linear_grams(block: BlockContext, chosen: Sequence[Candidate]) -> dict[str, Tensor]:
+    """``[1, K, K]`` by parameter name for linear sites that any token reached."""
+    linear = [candidate for candidate in chosen if candidate.primary.kind is SiteKind.LINEAR]
+    sites = [site for candidate in linear for site in _uses(candidate)]
+    if not sites:
+        return {}
+    statistics = block.statistics(sites, gram=True)
+    grams = {}
+    for candidate in linear:
+        seen = [statistics[site.input.name] for site in _uses(candidate) if site.input is not None]
+        seen = [entry for entry in seen if entry.count > 0]
+        total = sum(entry.count for entry in seen)
+        if total:
+            first, *others = [
+                entry.gram if len(seen) == 1 else entry.gram * (entry.count / total) for entry in seen
+            ]
+            grams[candidate.name] = sum(others, first)[None]
+    return grams
+
+
+def _moments(block: BlockContext, candidate: Candidate, part: range) -> Tensor | None:
+    """``[len(part), K, K]``: mean ``x xᵀ`` of the rows of those matrices; None when there are no rows at all.
+
+    A matrix that no row reached (an expert nothing was routed to) takes the mean over the rows of all.
+    """
+    site = candidate.primary
+    columns = site.layout.matrix_shape[2]
+    device = block.weight(candidate.name).device
+    sums = torch.zeros(len(part), columns, columns, device=device)
+    counts = torch.zeros(len(part), device=device)
+    pooled, total = torch.zeros(columns, columns, device=device), 0
+    for use in _uses(candidate):
+        for rows in site_rows(block, use):
+            x = rows.values.detach().to(device, torch.float32)  # [M, T, K]
+            total += x.shape[0] * x.shape[1]
+            if rows.first is None:
+                moment = x[0].mT @ x[0]
+                sums += moment
+                counts += x.shape[1]
+                pooled += moment
+                continue
+            inside = [m for m in range(x.shape[0]) if rows.first + m in part]
+            moments = x.mT @ x  # [M, K, K]
+            pooled += moments.sum(0)
+            if inside:
+                at = slice(rows.first + inside[0] - part.start, rows.first + inside[-1] - part.start + 1)
+                sums[at] += moments[inside[0] : inside[-1] + 1]
+                counts[at] += x.shape[1]
+    if total == 0:
+        return None
+    reached = (counts > 0)[:, None, None]
+    return torch.where(reached, sums / counts.clamp_min(1)[:, None, None], pooled / total)
+
+
+def _relative(solutions: Sequence[Solution], which: str) -> float:
+    """``‖(W − Ŵ)X‖ / ‖WX‖`` over all matrices; 0 when the inputs were never active."""
+    energy = sum(float(solution.energy.double().sum()) for solution in solutions)
+    loss = sum(float(getattr(solution, which).double().sum()) for solution in solutions)
+    return (loss / energy) ** 0.5 if energy > 0 else 0.0
+
+
+def _check_number(pass_name: str, option: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise RecipeError(f"{pass_name}: {option}={value!r}, expected a number {low:g}…{high:g}.")

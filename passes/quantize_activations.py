@@ -1,0 +1,168 @@
+"""Quantize the inputs of matrix products.
+
+    linear(x, w)  →  linear(dequantize(quantize(x)), w)
+
+Dynamic: one symmetric scale per token, computed while the model runs (ZeroQuant, Yao et al., 2022, section
+4.1). Static: one scale and zero-point per site, from the least and the greatest value met in calibration.
+Keeps: the weight, the bias and the shape and dtype of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fxcompress.analysis.site_types import Site, SiteKind
+from fxcompress.edits import Edit, Refuse, SetActivation
+from fxcompress.errors import CalibrationError, RecipeError
+from fxcompress.forms import ActivationQuantizer, DynamicPerToken, StaticPerTensor
+from fxcompress.pass_base import BlockContext
+from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates
+
+_CONVOLUTIONS = (SiteKind.CONV, SiteKind.CONV_TRANSPOSED)
+
+
+@dataclass(frozen=True)
+class QuantizeActivations(SelectivePass):
+    """Quantize the input of every matrix product.
+
+    Args:
+        bits: Code width, 2…8. Default 8.
+        mode: ``"dynamic"``: per token, no data needed. ``"static"``: per tensor, calibrated; cheaper at run
+            time and possible for convolutions, but one outlier widens the grid for all. Default
+            ``"dynamic"``.
+        heads: Also quantize the inputs of output heads and of tied embeddings. Default False: their result is
+            the model's output, and no later layer evens out its error.
+        include, exclude: Name patterns, see :class:`SelectivePass`.
+
+    Raises:
+        RecipeError: an option is out of range.
+        CalibrationError: (static) the calibration data gave NaN or inf.
+
+    Example:
+        >>> QuantizeActivations(mode="static").needs_calibration
+        True
+    """
+
+    bits: int = 8
+    mode: Literal["dynamic", "static"] = "dynamic"
+    heads: bool = False
+
+    name: ClassVar[str] = "quantize-activations"
+    summary: ClassVar[str] = "Quantize the inputs of matrix products, per token or calibrated per tensor."
+    source: ClassVar[str] = "Yao et al., 2022 (ZeroQuant, arXiv:2206.01861), section 4.1"
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized-activations"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            raise RecipeError(f"{self.name}: bits={self.bits!r}, expected an integer 2…8.")
+        if self.mode not in ("dynamic", "static"):
+            raise RecipeError(f"{self.name}: mode={self.mode!r}, expected 'dynamic' or 'static'.")
+        if not isinstance(self.heads, bool):
+            raise RecipeError(f"{self.name}: heads={self.heads!r}, expected true or false.")
+        # Only one of the modes needs data; an instance may say so, the class cannot.
+        object.__setattr__(self, "needs_calibration", self.mode == "static")
+
+    def solve(self, block: BlockContext) -> Iterator[Edit]:
+        """Yield a :class:`SetActivation` or a :class:`Refuse` for every weight of the block."""
+        self.check_patterns(block.program)
+        chosen = []
+        for candidate in candidates(block):
+            reason = self._unsuitable(block, candidate)
+            if reason is None:
+                chosen.append(candidate)
+            else:
+                yield Refuse(candidate.name, reason)
+        if self.mode == "dynamic":
+            for candidate in chosen:
+                yield SetActivation(candidate.name, DynamicPerToken(self.bits), f"int{self.bits} per token")
+            return
+        statistics = (
+            block.statistics([site for candidate in chosen for site in _products(candidate)])
+            if chosen
+            else {}
+        )
+        for candidate in chosen:
+            found = [statistics[site.input.name] for site in _products(candidate) if site.input is not None]
+            if all(seen.count == 0 for seen in found):
+                yield Refuse(candidate.name, "no calibration token reaches it")
+                continue
+            low = torch.stack([seen.minimum.min() for seen in found if seen.count]).min()
+            high = torch.stack([seen.maximum.max() for seen in found if seen.count]).max()
+            quantizer = static_quantizer(low, high, self.bits, candidate.name)
+            reason = f"int{self.bits} per tensor, calibrated range {float(low):.4g}…{float(high):.4g}"
+            yield SetActivation(candidate.name, quantizer, reason)
+
+    def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
+        reason = self.unselected(block.program, candidate.name)
+        products = _products(candidate)
+        if reason is not None:
+            return reason
+        if not products:
+            return candidate.primary.reason or "its input is looked up, not multiplied"
+        if block.state.form(candidate.name).activation is not None:
+            return "its input is quantized already"
+        if candidate.role is not Role.MATRIX and not self.heads:
+            return f"{candidate.role.value}: its input stays unquantized (heads=False)"
+        if self.mode == "static":
+            outside = any(site.takes_activation for site in candidate.uses if site not in candidate.here)
+            return "used in several blocks, which one static range cannot serve" if outside else None
+        return next((why for why in map(_no_tokens, products) if why is not None), None)
+
+
+def static_quantizer(low: Tensor, high: Tensor, bits: int, name: str) -> ActivationQuantizer:
+    """The asymmetric quantizer of the range ``low…high``, widened to contain zero.
+
+    Args:
+        low: 0-d, least value seen.
+        high: 0-d, greatest value seen.
+        bits: Code width.
+        name: Parameter, for messages.
+
+    Returns:
+        Signed codes ``-2**(bits-1) … 2**(bits-1)-1``: ``low`` is the first, ``high`` the last, 0 is exact.
+
+    Raises:
+        CalibrationError: ``low`` or ``high`` is not finite.
+    """
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise CalibrationError(
+            f"{name}: its calibrated inputs contain NaN or inf.",
+            fix="check the calibration data, and the model's dtype (float16 overflows).",
+        )
+    levels = 2**bits - 1
+    scale = ((high - low) / levels).float().clamp_min(torch.finfo(torch.float32).tiny)
+    if float(high) == float(low):  # both zero
+        scale = torch.ones_like(scale)
+    first = -(2 ** (bits - 1))
+    zero = (first - low / scale).round().clamp(first, first + levels)
+    return StaticPerTensor(bits=bits, scale=scale, zero=zero.to(torch.int32))
+
+
+def _products(candidate: Candidate) -> list[Site]:
+    return [site for site in candidate.here if site.takes_activation]
+
+
+def _no_tokens(site: Site) -> str | None:
+    """Why a scale per token (all dimensions but the last) would not factor out of this product."""
+    if site.kind in _CONVOLUTIONS:
+        return "a convolution sums over positions and channels: it has no scale per token (use mode='static')"
+    if site.kind is SiteKind.EINSUM and not _contracts_last(site):
+        return "its einsum does not sum over the last dimension only: no scale per token (use mode='static')"
+    return None
+
+
+def _contracts_last(site: Site) -> bool:
+    """Whether exactly the last subscript of the activation is summed over."""
+    equation, operands = site.node.args[0], site.node.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, list | tuple) or len(operands) != 2:
+        return False
+    terms, output = equation.replace(" ", "").split("->")
+    mine = terms.split(",")[list(operands).index(site.input)]
+    return [letter for letter in mine if letter not in output] == [mine[-1]]

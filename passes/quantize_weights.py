@@ -1,0 +1,127 @@
+"""Round weights to the nearest integer codes, without data.
+
+    linear(x, w)        →  linear(x, dequantize_weight(codes, scale, zero))
+    embedding(w, ids)   →  quantized_embedding(ids, codes, scale)
+    conv, bmm, einsum … →  the same op on the dequantized weight
+
+Keeps: every use of the weight, its shape and dtype. Format: see :mod:`fxcompress.formats.integer`; range
+search as in the GPTQ reference code (Frantar et al., 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxcompress.analysis.site_types import SiteKind
+from fxcompress.edits import Edit, Refuse, SetWeight
+from fxcompress.errors import FormatError, RecipeError
+from fxcompress.formats import IntFormat
+from fxcompress.formats.integer import quantize_to_term
+from fxcompress.pass_base import BlockContext
+from fxcompress.passes._selection import (
+    Candidate,
+    Role,
+    SelectivePass,
+    candidates,
+    describe,
+    fitting_format,
+    not_smaller,
+)
+
+_GROUP = 64  # inputs per scale below 8 bits; of 32, 64, 128 the largest that still divides most hidden sizes
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(SelectivePass):
+    """Round every weight to nearest.
+
+    Args:
+        bits: Code width, 2…8. Default 8.
+        symmetric: Levels symmetric around zero. Default: True for 8 bits, False below (an asymmetric range
+            uses a whole level more, which matters when there are few).
+        group_size: Inputs that share a scale; 0 = one scale per row, -1 = per matrix. Default: 0 for 8 bits,
+            64 below. Rows shorter than a group get one scale per row.
+        search: Choose each range by least ``Σ|ŵ − w|^2.4`` instead of covering it. Default False.
+        embedding_bits: Width for looked-up tables, and for an output head tied to one: symmetric, per row
+            (one scale per token). None leaves them alone. Default 8.
+        head_bits: The same for an untied output head: a linear layer with more outputs than inputs whose
+            result leads to the model's output only. Default 8.
+        only_remaining: Pass over weights that an earlier pass has already compressed. Default False: they are
+            an error.
+        include, exclude: Name patterns, see :class:`SelectivePass`.
+
+    Raises:
+        RecipeError, FormatError: an option is out of range.
+
+    Example:
+        >>> QuantizeWeights(bits=4, group_size=32, exclude=("*.router.*",)).format_of(Role.MATRIX)
+        IntFormat(bits=4, symmetric=False, group_size=32)
+    """
+
+    bits: int = 8
+    symmetric: bool | None = None
+    group_size: int | None = None
+    search: bool = False
+    embedding_bits: int | None = 8
+    head_bits: int | None = 8
+    only_remaining: bool = False
+
+    name: ClassVar[str] = "quantize-weights"
+    summary: ClassVar[str] = "Round weights to integer codes (no data needed)."
+    source: ClassVar[str] = (
+        "round to nearest; range search of Frantar et al., 2022 (arXiv:2210.17323), reference code"
+    )
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized-weights"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("search", "only_remaining"):
+            if not isinstance(getattr(self, option), bool):
+                raise RecipeError(f"{self.name}: {option}={getattr(self, option)!r}, expected true or false.")
+        if self.symmetric is not None and not isinstance(self.symmetric, bool):
+            raise RecipeError(f"{self.name}: symmetric={self.symmetric!r}, expected true, false or null.")
+        try:
+            for role in Role:
+                self.format_of(role)
+        except FormatError as error:
+            raise FormatError(f"{self.name}: {error}") from None
+
+    def format_of(self, role: Role) -> IntFormat | None:
+        """The number format for weights of this role, or None when they are left alone."""
+        if role is not Role.MATRIX:
+            bits = self.embedding_bits if role is Role.EMBEDDING else self.head_bits
+            return None if bits is None else IntFormat(bits=bits, symmetric=True, group_size=0)
+        eight = self.bits == 8
+        symmetric = eight if self.symmetric is None else self.symmetric
+        group_size = (0 if eight else _GROUP) if self.group_size is None else self.group_size
+        return IntFormat(bits=self.bits, symmetric=symmetric, group_size=group_size)
+
+    def solve(self, block: BlockContext) -> Iterator[Edit]:
+        """Yield a :class:`SetWeight` or a :class:`Refuse` for every weight of the block."""
+        self.check_patterns(block.program)
+        for candidate in candidates(block):
+            if self.only_remaining and block.state.is_compressed(candidate.name):
+                continue
+            yield self._edit(block, candidate)
+
+    def _edit(self, block: BlockContext, candidate: Candidate) -> Edit:
+        name, site = candidate.name, candidate.primary
+        fmt = self.format_of(candidate.role)
+        reason = self.unselected(block.program, name)
+        if reason is None and site.kind is SiteKind.OTHER:
+            reason = site.reason or "no use of it is a product or a look-up"
+        if reason is not None:
+            return Refuse(name, reason)
+        if fmt is None:
+            option = "embedding_bits" if candidate.role is Role.EMBEDDING else "head_bits"
+            return Refuse(name, f"{candidate.role.value}, left alone by {option}=None")
+        weight = block.weight(name)
+        fmt = fitting_format(fmt, site.layout.matrix_shape[2])
+        too_big = not_smaller(fmt, site, weight.dtype)
+        if too_big is not None:
+            return Refuse(name, too_big)
+        term = quantize_to_term(weight, site.layout, fmt, search=self.search)
+        role = "" if candidate.role is Role.MATRIX else f", {candidate.role.value}"
+        return SetWeight(name, (term,), reason=f"{describe(fmt)}{role}")
