@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxcompress.apply import apply_state
 from fxcompress.backends.executable import Executable
 from fxcompress.backends.regions import RegionCompiler
+from fxcompress.backends.sources import GhostSource, source_from_options
 from fxcompress.capture.dynamo import program_from_dynamo
 from fxcompress.capture.program import Program
 from fxcompress.errors import BackendError
@@ -19,7 +20,6 @@ from fxcompress.store import WeightStore
 
 logger = logging.getLogger("fxcompress.backends")
 
-DEFAULT_RECIPE = "w8a16"
 _OPTIONS = frozenset({"recipe", "artifact", "inner"})
 INNER = ("inductor", "eager")
 
@@ -82,6 +82,32 @@ class CompressingBackend:
         return compile_fx(module, example_inputs)  # type: ignore[no-any-return]
 
 
+class InductorBackend(CompressingBackend):
+    """Backend of a compressed model: blocks compiled by Inductor around the fastest kernels torch has.
+
+    Args:
+        store: The model's packed weights.
+    """
+
+    summary = "Inductor, with ATen and oneDNN kernels for the compressed products"
+
+    def __init__(self, store: WeightStore) -> None:
+        super().__init__(GhostSource(store), "inductor")
+
+
+class EagerBackend(CompressingBackend):
+    """Reference backend of a compressed model: the rewritten graph, op by op.
+
+    Args:
+        store: The model's packed weights.
+    """
+
+    summary = "the rewritten graph op by op, weights dequantized at every use (reference)"
+
+    def __init__(self, store: WeightStore) -> None:
+        super().__init__(GhostSource(store), "eager")
+
+
 def compile_with_inductor(module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
     """Compile a flat graph with Inductor."""
     from torch._inductor.compile_fx import compile_fx
@@ -109,10 +135,15 @@ def fxcompress_backend(
         raise BackendError(f"unknown option(s) {', '.join(unknown)}.", fix=f"use {', '.join(sorted(_OPTIONS))}.")
     if "recipe" in options and "artifact" in options:
         raise BackendError("options 'recipe' and 'artifact' exclude each other.", fix="give one of them.")
-    from fxcompress.backends.sources import source_from_options
-
     backend = CompressingBackend(source_from_options(options), options.get("inner", "inductor"))
     return backend(module, example_inputs)
 
 
-__all__ = ["CompressingBackend", "FormSource", "compile_with_inductor", "fxcompress_backend"]
+__all__ = [
+    "CompressingBackend",
+    "EagerBackend",
+    "FormSource",
+    "InductorBackend",
+    "compile_with_inductor",
+    "fxcompress_backend",
+]

@@ -1,8 +1,8 @@
 """Checkpoints: the edits of every finished (pass, block), stored under a hash of everything they depend on.
 
-A step is two files, ``<key>.safetensors`` and ``<key>.json``. Each is written beside its place, flushed to disk and
-renamed; the JSON comes last and carries the hash of the tensors, so that a step is either whole or absent whatever
-moment the process was killed at.
+A step is two files, ``<key>.safetensors`` and ``<key>.json``. Each is written beside its place, flushed to
+disk and renamed; the JSON comes last and carries the hash of the tensors, so that a step is either whole or
+absent whatever moment the process was killed at.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class CheckpointStore:
             raise ArtifactError(f"checkpoint {self.folder}: cannot be created: {error.strerror}.") from error
 
     def load(self, key: str) -> list[Edit] | None:
-        """The edits of a step, or None when it was not finished. A damaged step is dropped, with a warning."""
+        """The edits of a step, or None when it was not finished; a damaged step is ignored with a warning."""
         described = self.folder / f"{key}.json"
         if not described.is_file():
             return None

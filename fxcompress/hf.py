@@ -6,6 +6,7 @@ Code that a folder brings along is never run, and nothing is downloaded.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fxcompress.artifact.content import Artifact, Identity, computed_buffers
+from fxcompress.artifact.content import Artifact, Identity
 from fxcompress.errors import ArtifactError, FxCompressError
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def identity_of(module: nn.Module) -> Identity:
 def empty_model(artifact: Artifact) -> PreTrainedModel:
     """Build the model class of an artifact without memory for its weights.
 
-    Parameters are meta tensors of the recorded dtypes, tied as the class ties them; buffers are computed.
+    Parameters are single NaNs expanded to the recorded shapes and dtypes, tied as the class ties them;
+    buffers have the artifact's values, or are computed.
 
     Raises:
         ArtifactError: the class is unknown to the installed transformers, or it is no model of that library.
@@ -144,32 +146,40 @@ def empty_model(artifact: Artifact) -> PreTrainedModel:
     model.tie_weights()
     if identity.generation_config is not None and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_dict(identity.generation_config)
-    _match_dtypes(model, artifact)
+    _fill(model, artifact)
     artifact.check_module(model)
     built: PreTrainedModel = model.eval()
     return built
 
 
 def _config(cls: Any, content: dict[str, Any]) -> Any:
-    """The configuration of ``cls`` from JSON content, through a file: only that way undoes how inf is written."""
+    """A configuration from JSON content; through a file, because only that way undoes how inf is written."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         path.write_text(json.dumps(content), encoding="utf-8")
         return cls.config_class.from_json_file(path)
 
 
-def _match_dtypes(model: nn.Module, artifact: Artifact) -> None:
-    """Give every parameter and buffer the dtype it had when the artifact was made."""
-    for name, parameter in model.named_parameters():
-        info = artifact.parameters.get(artifact.aliases.get(name, name))
-        if info is not None:
-            parameter.data = parameter.data.to(info.dtype)
-            parameter.requires_grad_(False)
-    wanted = {name: info.dtype for name, info in artifact.parameters.items()} | artifact.computed
-    buffers = dict(computed_buffers(model)) | dict(model.named_buffers())
-    for name, buffer in buffers.items():
-        if name in wanted:
-            buffer.data = buffer.data.to(wanted[name])
+def _fill(model: nn.Module, artifact: Artifact) -> None:
+    """Turn meta parameters into real ones without memory; give buffers their recorded values and dtypes."""
+    real: dict[int, nn.Parameter] = {}
+    for prefix, owner in model.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in real:
+                name = f"{prefix}.{key}".lstrip(".")
+                info = artifact.parameters.get(artifact.aliases.get(name, name))
+                dtype = parameter.dtype if info is None else info.dtype
+                value = torch.full((), math.nan if dtype.is_floating_point else 0, dtype=dtype)
+                real[id(parameter)] = nn.Parameter(value.expand(parameter.shape), requires_grad=False)
+            owner._parameters[key] = real[id(parameter)]
+    for name, buffer in model.named_buffers():
+        known = artifact.aliases.get(name, name)
+        if known in artifact.tensors and artifact.tensors[known].shape == buffer.shape:
+            buffer.data = artifact.tensors[known].clone()
+        elif name in artifact.computed:
+            buffer.data = buffer.data.to(artifact.computed[name])
 
 
 @contextmanager

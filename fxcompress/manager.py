@@ -1,4 +1,4 @@
-"""The manager: runs a recipe pass by pass and block by block, applies edits, checks promises, keeps checkpoints."""
+"""The manager: runs a recipe pass by pass and block by block, checks promises and keeps checkpoints."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def run_recipe(
         data: Calibration data, from :func:`fxcompress.calibration.as_calibration`.
         examples: Inputs for the checks when there are no calibration data.
         seed: Of every random choice a pass makes. Equal inputs and seeds give byte-identical states.
-        verify: ``"each"`` proves function-preserving passes in float64, measures every lossy pass site by site
-            and the result end to end; ``"end"`` leaves out the per-site errors; ``"off"`` checks nothing.
+        verify: ``"each"`` proves function-preserving passes in float64, measures every lossy pass site by
+            site and the result end to end; ``"end"`` omits the per-site errors; ``"off"`` checks nothing.
         progress: True for a progress bar, or a callable that gets every step.
         checkpoint: Folder of finished steps; a run that was stopped continues there.
 

@@ -39,8 +39,8 @@ class Reporter:
     """Context manager around a run; leaves the terminal as it was however the run ends.
 
     Args:
-        option: True for a bar on stderr (drawn only when that is a terminal), False for nothing, or a callable
-            that gets every :class:`ProgressEvent`.
+        option: True for a bar on stderr (drawn only when that is a terminal), False for nothing, or a
+            callable that gets every :class:`ProgressEvent`.
     """
 
     def __init__(self, option: ProgressOption = False) -> None:

@@ -40,8 +40,8 @@ class Recipe:
         name: What to call the recipe in reports; None for an unnamed one.
 
     Raises:
-        RecipeError: no pass, an option of the wrong type, the same pass twice with the same options, or an order
-            that a pass's ``requires``/``conflicts`` forbids; the message names both passes.
+        RecipeError: no pass, an option of the wrong type, the same pass twice with the same options, or an
+            order that a pass's ``requires``/``conflicts`` forbids; the message names both passes.
 
     Example:
         >>> Recipe([QuantizeWeights(bits=8), FuseSiblings()]).to_dict()["passes"][1]
@@ -76,8 +76,8 @@ class Recipe:
         """Read a recipe from whatever describes one.
 
         Args:
-            source: A :class:`Recipe`; a pass; a preset's or pass's name; the path of a YAML file; a mapping in
-                the shape of such a file; or a list of passes, pass names and ``{name: options}`` mappings.
+            source: A :class:`Recipe`; a pass; a preset's or pass's name; the path of a YAML file; a mapping
+                in the shape of such a file; or a list of passes, names and ``{name: options}`` mappings.
 
         Raises:
             RecipeError: nothing of that name or path, or the recipe itself is wrong.
@@ -148,7 +148,7 @@ class Recipe:
         return cls([_read_pass(item, index) for index, item in enumerate(passes)], name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON-safe data with every option spelled out, so that new defaults cannot change it."""
+        """The recipe as JSON-safe data, every option spelled out, so that new defaults cannot change it."""
         return {"name": self.name, "passes": [{item.name: options_of(item)} for item in self.passes]}
 
     def to_yaml(self) -> str:
@@ -162,7 +162,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise RecipeError(f"recipe: the key {key!r} is given twice{node.start_mark}.")
             seen.add(key) if isinstance(key, str) else None
@@ -260,7 +260,7 @@ def _adapter(hint: Any) -> pydantic.TypeAdapter[Any]:
 
 
 def _coerce(name: str, option: str, value: Any, hint: Any) -> Any:
-    """Check plain data against an option's type; JSON's rules, so a list may become a tuple but "8" never 8."""
+    """Check plain data against an option's type by JSON's rules: a list may become a tuple, "8" never 8."""
     try:
         return _adapter(hint).validate_json(json.dumps(value), strict=True)
     except (pydantic.ValidationError, TypeError, ValueError) as error:
@@ -294,7 +294,7 @@ def _check_duplicates(passes: Sequence[Pass]) -> None:
         for earlier, other in enumerate(passes[:index]):
             if type(item) is type(other) and options_of(item) == options_of(other):
                 raise RecipeError(
-                    f"recipe: pass {index + 1} repeats pass {earlier + 1}, {item.name!r} with the same options.",
+                    f"recipe: pass {index + 1} repeats pass {earlier + 1}: {item.name!r}, same options.",
                     fix="remove one of them.",
                 )
 

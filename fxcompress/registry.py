@@ -1,7 +1,8 @@
 """The catalogue of passes and backends: names to ``"module:Class"`` strings, imported only when asked for.
 
-This is the only place where the core names a pass or a backend. Third parties add theirs through the entry-point
-groups ``fxcompress.passes`` and ``fxcompress.backends``, or at run time through :func:`register_pass`.
+This is the only place where the core names a pass or a backend. Third parties add theirs through the
+entry-point groups ``fxcompress.passes`` and ``fxcompress.backends``, or at run time through
+:func:`register_pass`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ BUILTIN_PASSES: dict[str, str] = {
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
 }
-BUILTIN_BACKENDS: dict[str, str] = {}
+BUILTIN_BACKENDS: dict[str, str] = {
+    "inductor": "fxcompress.backends.dynamo:InductorBackend",
+    "eager": "fxcompress.backends.dynamo:EagerBackend",
+}
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _registered: dict[str, type[Pass]] = {}

@@ -149,17 +149,31 @@ class Report:
         """
         console = console or Console()
         table = Table(title=f"fxcompress: {self.recipe.get('name') or 'recipe'}", title_justify="left")
-        for heading in ("weight", "n", "shape", "form", "MB before", "MB after", "error", "passes / reason"):
-            right = heading in ("n", "MB before", "MB after", "error")
+        for heading in (
+            "weight",
+            "n",
+            "shape",
+            "form",
+            "MB before",
+            "MB after",
+            "max error",
+            "passes / reason",
+        ):
+            right = heading in ("n", "MB before", "MB after", "max error")
             table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        vectors = [row for row in self.rows if row.reason == "vector" and row.form == "kept"]
         for pattern, rows in self.groups():
-            table.add_row(pattern, *_cells(rows))
+            if rows[0] not in vectors:
+                table.add_row(pattern, *_cells(rows))
+        if vectors:
+            size = f"{sum(row.bytes_after for row in vectors) / 1e6:.2f}"
+            table.add_row("vectors", str(len(vectors)), "", "kept", size, size, "", "vector")
         console.print(table)
         for line in self._lines():
             console.print(line, markup=False, highlight=False)
 
     def groups(self) -> list[tuple[str, list[WeightRow]]]:
-        """Rows of repeated blocks together: same name but for numbers, same shape, form, passes and reason."""
+        """Rows of repeated blocks together: names that differ in numbers only, all else the same."""
         grouped: dict[tuple[Any, ...], list[WeightRow]] = {}
         for row in self.rows:
             key = (re.sub(r"\d+", "*", row.name), row.shape, row.dtype, row.form, row.passes, row.reason)
@@ -170,7 +184,8 @@ class Report:
         totals = self.totals
         before, after = totals["bytes_before"] / 1e6, totals["bytes_after"] / 1e6
         lines = [
-            f"total: {before:.1f} MB -> {after:.1f} MB ({totals['ratio']:.2f}x), {totals['compressed']} compressed"
+            f"total: {before:.2f} MB -> {after:.2f} MB ({totals['ratio']:.2f}x),"
+            f" {totals['compressed']} of {totals['parameters']} parameters changed"
         ]
         if self.relative_error is not None:
             scored = f", KL {self.kl:.3e} nats per token" if self.kl is not None else ""
@@ -186,13 +201,7 @@ class Report:
 def _cells(rows: Sequence[WeightRow]) -> list[str]:
     first = rows[0]
     errors = [row.error for row in rows if row.error is not None]
-    shown = (
-        ""
-        if not errors
-        else f"{min(errors):.1e}"
-        if len(errors) == 1
-        else f"{min(errors):.1e}–{max(errors):.1e}"
-    )
+    shown = f"{max(errors):.1e}" if errors else ""
     return [
         str(len(rows)),
         "×".join(map(str, first.shape)) or "scalar",
@@ -282,10 +291,17 @@ def account_for(
             text = "edited" if name in state.tensors else "kept"
         rows.append(
             WeightRow(
-                name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), size, after, text, changed,
-                reported, reason,
+                name=name,
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                bytes_before=size,
+                bytes_after=after,
+                form=text,
+                passes=changed,
+                error=reported,
+                reason=reason,
             )
-        )  # fmt: skip
+        )
     if unaccounted:
         raise CoverageError(
             f"{len(unaccounted)} weights were neither compressed nor refused, the first is {unaccounted[0]}.",

@@ -1,4 +1,4 @@
-"""Proofs and measurements: that a pass kept the function, what a lossy pass cost per site, and the whole run's cost."""
+"""Checks: that a pass kept the function, what a lossy pass cost each site, what the whole run cost."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def prove_unchanged(
 ) -> dict[str, float | str | bool]:
     """Run the graph before and after a pass in float64, side by side and block by block.
 
-    Values between blocks may legitimately differ (a scale moved from one block to the next); the outputs may not.
+    Values between blocks may differ (a scale moved from one block to the next); the outputs may not.
 
     Returns:
         The report entry: the largest relative difference of the outputs and of the values between blocks.
 
     Raises:
-        VerificationError: the outputs differ by more than :data:`TOLERANCE`; names the first block that differs.
+        VerificationError: the outputs differ by more than :data:`TOLERANCE`; names the first such block.
     """
     walks = [Walk(plan, data.flat(), double=True) for _ in range(2)]
     suspect, between = "", 0.0
@@ -78,8 +78,9 @@ def prove_unchanged(
             worst = max(worst, error)
             if not error <= TOLERANCE:
                 raise VerificationError(
-                    f"pass {pass_name!r} promised an unchanged function, but output {index} changed by {error:.2e}"
-                    f" relative in float64 (limit {TOLERANCE:.0e}); the first difference is in {suspect or 'no block'}.",
+                    f"pass {pass_name!r} promised an unchanged function, but output {index} changed by"
+                    f" {error:.2e} relative in float64 (limit {TOLERANCE:.0e});"
+                    f" the first difference is in {suspect or 'no block'}.",
                     fix="leave the pass out of the recipe and report it to its author.",
                 )
     return {
@@ -124,7 +125,7 @@ def _prove_fusions(
 
 
 def relative_difference(a: Any, b: Any) -> float:
-    """``max|a - b| / max|a|``; infinite when the structures differ; equal infinities and NaN patterns count as equal."""
+    """``max|a - b| / max|a|``; infinite when the structures differ; equal inf and NaN patterns are equal."""
     if isinstance(a, tuple | list):
         if not isinstance(b, tuple | list) or len(a) != len(b):
             return float("inf")

@@ -113,7 +113,7 @@ def candidates(block: BlockContext) -> list[Candidate]:
 
 
 def find_heads(program: Program, sites: Sequence[Site]) -> frozenset[str]:
-    """Names of output heads: expanding linear layers whose result goes to the model's output only.
+    """Names of output heads: expanding linear layers whose results go to the model's output only.
 
     A site is a head when it has more outputs than inputs, and everything computed from its result is computed
     from no other site's result, contains no further site, and ends in the graph output (so slices, casts,
@@ -127,14 +127,14 @@ def find_heads(program: Program, sites: Sequence[Site]) -> frozenset[str]:
     for node in nodes:
         if any(source in products or source in derived for source in node.all_input_nodes):
             derived.add(node)
-    heads = set()
-    for site in sites:
+
+    def is_head(site: Site) -> bool:
         _, rows, columns = site.layout.matrix_shape
         if site.kind is not SiteKind.LINEAR or rows <= columns:
-            continue
-        if _leads_only_out(site.node, nodes[order[site.node] + 1 :], products, derived):
-            heads.add(site.name)
-    return frozenset(heads)
+            return False
+        return _leads_only_out(site.node, nodes[order[site.node] + 1 :], products, derived)
+
+    return frozenset(name for name, uses in sites_by_parameter(sites).items() if all(map(is_head, uses)))
 
 
 def _leads_only_out(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from fxcompress.artifact.content import Artifact, Identity, TensorInfo, build_artifact
 from fxcompress.artifact.read import read_artifact
 from fxcompress.artifact.schema import FORMAT_VERSION
-from fxcompress.artifact.write import save_artifact, write_artifact
+from fxcompress.artifact.write import check_target, save_artifact, write_artifact
 
 __all__ = [
     "FORMAT_VERSION",
@@ -22,6 +22,7 @@ __all__ = [
     "Identity",
     "TensorInfo",
     "build_artifact",
+    "check_target",
     "read_artifact",
     "save_artifact",
     "write_artifact",

@@ -66,7 +66,7 @@ def save_artifact(
             directory then holds what it held before.
     """
     target = Path(os.path.abspath(path))
-    _check_target(target, overwrite)
+    check_target(target, overwrite=overwrite)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,13 @@ def save_artifact(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(path: str | Path, *, overwrite: bool = False) -> None:
+    """Check that :func:`save_artifact` may write to ``path``; useful before hours of work.
+
+    Raises:
+        ArtifactError: it exists and may not be replaced.
+    """
+    target = Path(path)
     if not os.path.lexists(target):
         return
     if not overwrite:

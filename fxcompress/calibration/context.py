@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ __all__ = ["Context", "Feed"]
 class Feed:
     """Calibration activations for one pass, brought forward only when somebody looks.
 
-    Block ``i`` sees the blocks before it as they were when each of them was finished; the states at those moments
-    are kept (they share tensors) until the walk has passed. So a resumed run, a run in which the pass looks at
-    every block and one in which it looks at the last block alone all see the same numbers.
+    Block ``i`` sees the blocks before it as they were when each of them was finished; the states at those
+    moments are kept (they share tensors) until the walk has passed. So a resumed run, a run in which the pass
+    looks at every block and one in which it looks at the last block alone all see the same numbers.
 
     Args:
         make_walk: Starts a walk at the program's inputs; None when there are no data.
@@ -110,7 +111,7 @@ class Context:
                 for (name, site), node in zip(missing.items(), nodes, strict=True):
                     found[name].update(as_tokens(site, values[node]))
             self._known.update({(name, gram): statistics for name, statistics in found.items()})
-        return {name: self._known.get((name, True)) or self._known[(name, gram)] for name in first}
+        return {name: cast(Statistics, self._known.get((name, True)) or self._known[name, gram]) for name in first}
 
     def batches(self, site: Site) -> Iterator[Tensor]:
         """The raw input of one site, batch by batch.
@@ -135,7 +136,7 @@ class Context:
     def _input(self, site: Site) -> torch.fx.Node:
         if site.input is None:
             raise CalibrationError(f"{self._where}: {site.name} has no activation input ({site.kind.value}).")
-        if site not in self.sites:
+        if self._plan.block_of.get(site.node) != self.index:
             raise CalibrationError(f"{self._where}: {site.name} is not a site of this block.")
         return site.input
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcompress.calibration.signature import CallSignature
+from fxcompress.calibration.signature import CallSignature, fixed_sizes
 from fxcompress.capture.program import Program
 from fxcompress.errors import CalibrationError
 
@@ -71,7 +71,7 @@ class CalibrationData:
         return [batch.inputs for batch in self.batches]
 
     def sample(self, batches: int, length: int = 128) -> CalibrationData:
-        """A small part for verification: evenly spread batches, text cut to ``length`` tokens if sizes may vary."""
+        """A small part for checks: evenly spread batches, text cut to ``length`` tokens if sizes may vary."""
         count = min(batches, len(self.batches))
         chosen = [self.batches[i * len(self.batches) // count] for i in range(count)]
         if self.dynamic_length:
@@ -93,7 +93,7 @@ def tensor_digest(tensor: Tensor) -> bytes:
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     data = tensor.detach().cpu().contiguous()
     if data.numel():
-        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 
@@ -110,18 +110,18 @@ def as_calibration(
     Args:
         data: One of
 
-            - the path of a UTF-8 text file: read as one stream of tokens, cut into sequences of
+            - the path of a UTF-8 text file: one stream of tokens, cut into sequences of
               ``sequence_length`` spread evenly over the file (needs ``tokenizer``);
             - a list of strings: one sequence each, cut at ``sequence_length`` (needs ``tokenizer``);
-            - a tensor: for the call's only tensor; when the first dimension is dynamic, one batch per row;
+            - a tensor: the call's only tensor; when its first dimension is dynamic, one batch per row;
             - a mapping by argument name, or a tuple of positional arguments: one batch;
             - a list, a ``DataLoader`` or any iterable of such batches;
             - a callable without arguments that returns any of these.
         program: The captured program, which says what the inputs must be.
         tokenizer: Called as ``tokenizer(text, add_special_tokens=…)``, giving a mapping with ``input_ids``.
         samples: At most this many sequences (rows of the first tensor) are used. Default 32.
-        sequence_length: Tokens per sequence. Default: the length the capture fixed, else 512, but never more than
-            the tokenizer's ``model_max_length``.
+        sequence_length: Tokens per sequence. Default: the length the capture fixed, else 512, but never more
+            than the tokenizer's ``model_max_length``.
 
     Raises:
         CalibrationError: no data, a file that cannot be read, text without a tokenizer, inputs of other names,
@@ -167,8 +167,7 @@ class _Reader:
     def _captured_sizes(self) -> list[int | None]:
         """Captured sizes of the first token-id input; None where dynamic."""
         for name in self.signature.vocabularies:
-            shape = self.signature.nodes[name].meta["val"].shape
-            return [size if isinstance(size, int) else None for size in shape]
+            return fixed_sizes(self.signature.nodes[name].meta["val"])
         return []
 
     def read(self, data: Any) -> tuple[list[Batch], str]:
@@ -232,7 +231,7 @@ class _Reader:
     def _rows(self, data: Tensor) -> Iterator[Batch]:
         names = self.signature.tensor_names
         example = self.signature.example(names[0]) if len(names) == 1 else None
-        dynamic = isinstance(example, Tensor) and example.dim() > 0 and not isinstance(example.shape[0], int)
+        dynamic = isinstance(example, Tensor) and example.dim() > 0 and fixed_sizes(example)[0] is None
         parts = data.split(1) if dynamic and data.dim() > 0 and data.shape[0] else [data]
         for index, part in enumerate(parts):
             yield self._batch(part, index)

@@ -1,4 +1,4 @@
-"""What a captured call takes: the names, kinds and sizes of its inputs, and how one batch is laid out for it."""
+"""What a captured call takes: names, kinds and sizes of its inputs, and how one batch is laid out for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxcompress.capture.program import Program
 from fxcompress.errors import CalibrationError
 from fxcompress.registry import close_matches
 
-__all__ = ["CallSignature", "Vocabulary"]
+__all__ = ["CallSignature", "Vocabulary", "fixed_sizes"]
 
 aten = torch.ops.aten
 
@@ -92,12 +92,12 @@ class CallSignature:
         return self._node_of.get(name)
 
     def example(self, name: str) -> Any:
-        """The captured value of an argument: a fake tensor, or the constant itself; None when it is a structure."""
+        """The captured value of an argument: a fake tensor or the constant itself; None for a structure."""
         node = self._node_of.get(name)
         return self.nodes[node].meta.get("val") if node is not None else None
 
     def is_constant(self, name: str) -> bool:
-        """Whether the capture fixed the argument to a plain value (a flag, None), so that batches may omit it."""
+        """Whether the capture fixed the argument to a plain value (a flag, None); batches may omit it."""
         return name in self._node_of and not isinstance(self.example(name), Tensor)
 
     @property
@@ -169,7 +169,7 @@ class CallSignature:
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> list[Any]:
         given = dict(kwargs)
-        rest = [name for name in self.positional[len(args) :]]
+        rest = self.positional[len(args) :]
         full = [*args, *(self._fill(name, given, where) for name in rest)]
         filled = {key: self._fill(key, given, where) for key in self.keywords}
         extra = [key for key in given if key not in self.keywords and key not in rest]
@@ -189,7 +189,8 @@ class CallSignature:
         if name is not None and self.is_constant(name):
             return self.example(name)
         raise CalibrationError(
-            f"{where}: the input {name or 'at that position'!r} is missing; the captured call takes {self.names}.",
+            f"{where}: the input {name or 'at that position'!r} is missing;"
+            f" the captured call takes {self.names}.",
             fix="give every tensor that example_inputs had.",
         )
 
@@ -214,6 +215,12 @@ class CallSignature:
                 )
 
 
+def fixed_sizes(example: Tensor) -> list[int | None]:
+    """Captured sizes of a tensor, None where the capture left them dynamic."""
+    sizes: Sequence[Any] = example.shape
+    return [size if isinstance(size, int) else None for size in sizes]
+
+
 def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
     return [spec.child(index) for index in range(spec.num_children)]
 
@@ -229,7 +236,7 @@ def _check_tensor(value: Tensor, example: Tensor, where: str) -> None:
             f"{where}: found {value.dtype}, expected {example.dtype}.",
             fix=f"convert it with .to({example.dtype}).",
         )
-    expected = [size if isinstance(size, int) else None for size in example.shape]
+    expected = fixed_sizes(example)
     fits = value.dim() == len(expected) and all(
         size is None or size == found for size, found in zip(expected, value.shape, strict=True)
     )
@@ -253,7 +260,7 @@ def _check_vocabulary(value: Tensor, vocabulary: Vocabulary, where: str) -> None
 
 
 def _vocabulary(program: Program, node: fx.Node) -> Vocabulary | None:
-    """The embedding that reads the ids of an input placeholder, found by following ops that do not change them."""
+    """The embedding that reads the ids of an input, found by following ops that do not change them."""
     example = node.meta.get("val")
     if not isinstance(example, Tensor) or example.is_floating_point():
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,8 @@ from fxcompress.errors import CalibrationError
 
 __all__ = ["ActivationStatistics", "as_tokens"]
 
-# Up to this width the Gram matrix is summed in float64 (32 MiB); wider ones are summed in float32, because the
-# matrix must be held once per distinct input of a block. Sums of 1e5 tokens lose about 1e-5 relative there.
+# Up to this width the Gram matrix is summed in float64 (32 MiB); wider ones are summed in float32, because
+# the matrix must be held once per distinct input of a block.
 _FLOAT64_GRAM_WIDTH = 2048
 _CHUNK = 8192  # tokens converted to float64 at a time
 
@@ -19,8 +21,8 @@ _CHUNK = 8192  # tokens converted to float64 at a time
 class ActivationStatistics:
     """Statistics of one activation ``x`` read as ``[T, K]``, all leading dimensions being tokens.
 
-    Means and second moments are summed in float64 and given in float32. Convolutions read ``[B, K, …]``: their
-    channel dimension is K.
+    Means and second moments are summed in float64 and given in float32. Convolutions read ``[B, K, …]``:
+    their channel dimension is K.
 
     Args:
         name: What to call the activation in messages: the site's parameter and its input.
@@ -52,7 +54,7 @@ class ActivationStatistics:
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise CalibrationError(
                 f"{self.name}: the calibration run produced NaN or inf here.",
-                fix="check the calibration inputs and the model's numeric range (float16 overflows at 65504).",
+                fix="check the inputs and the model's numeric range (float16 overflows at 65504).",
             )
         if self._minimum is None or self._maximum is None or self._sums is None:
             self._minimum, self._maximum = low, high
@@ -129,7 +131,7 @@ class ActivationStatistics:
         return (self._have(self._gram) / self.count).to(torch.float32)
 
 
-def as_tokens(site: Site, value: Tensor) -> Tensor:
+def as_tokens(site: Site, value: Any) -> Tensor:
     """Read a site's input as ``[T, K]``: the last dimension is K, for convolutions the channel dimension.
 
     Raises:
@@ -137,9 +139,10 @@ def as_tokens(site: Site, value: Tensor) -> Tensor:
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise CalibrationError(
-            f"{site.name}: its input is not an activation but {getattr(value, 'dtype', type(value).__name__)}."
+            f"{site.name}: its input is no activation but {getattr(value, 'dtype', type(value).__name__)}."
         )
     if site.kind in (SiteKind.CONV, SiteKind.CONV_TRANSPOSED):
         batched = value.dim() == len(site.layout.shape)
         value = value.movedim(1 if batched else 0, -1)
-    return value.reshape(-1, value.shape[-1])
+    tokens: Tensor = value.reshape(-1, value.shape[-1])
+    return tokens

@@ -1,4 +1,4 @@
-"""Run a program block by block, with the edits made so far, holding one block's weights and activations at a time."""
+"""Run a program block by block, with the edits made so far, holding one block's values at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Values = dict[fx.Node, Any]
 
 
 class Plan:
-    """What is known about a program before anything runs: its blocks, its sites and which values must be kept.
+    """What is known about a program before anything runs: its blocks, its sites, which values must be kept.
 
     Args:
         program: The captured program.
@@ -85,8 +85,8 @@ def apply_transforms(x: Tensor, transforms: Sequence[Transform]) -> Tensor:
 class BlockRunner:
     """Interprets one block with the forms of a :class:`CompressionState`.
 
-    Parameters take their effective value, computed once per runner; sites with input transforms or an activation
-    quantizer see what the compressed model would see.
+    Parameters take their effective value, computed once per runner; sites with input transforms or an
+    activation quantizer see what the compressed model would see.
 
     Args:
         plan: The program's plan.
@@ -340,7 +340,7 @@ def _clone_values(values: Mapping[fx.Node, Any]) -> Values:
         if old.data_ptr() not in storages:
             storages[old.data_ptr()] = old.clone()
         out = torch.empty(0, dtype=value.dtype, device=value.device)
-        return out.set_(storages[old.data_ptr()], value.storage_offset(), value.shape, value.stride())  # type: ignore[call-overload,no-any-return]
+        return out.set_(storages[old.data_ptr()], value.storage_offset(), value.shape, value.stride())
 
     copied: Values = pytree.tree_map_only(Tensor, copy, dict(values))
     return copied

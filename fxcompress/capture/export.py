@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import keyword
+import re
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,10 +52,12 @@ def capture_model(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[
         exported, spec = _export(model, args, kwargs)
     finally:
         model.train(training)
-    return _program_from_exported(exported, model, spec)
+    return _program_from_exported(exported, model, spec, _argument_names(model, args, kwargs))
 
 
-def _program_from_exported(exported: ExportedProgram, model: nn.Module, call_spec: pytree.TreeSpec) -> Program:
+def _program_from_exported(
+    exported: ExportedProgram, model: nn.Module, call_spec: pytree.TreeSpec, argument_names: list[str]
+) -> Program:
     """Turn the export of a :class:`_FlatCall` into the common dialect; weights stay shared with ``model``."""
     weight_of: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
@@ -78,6 +83,7 @@ def _program_from_exported(exported: ExportedProgram, model: nn.Module, call_spe
         else:
             inputs.append(placeholder)
     module = normalize(exported.graph_module, weight_of)
+    inputs = _name_inputs(module, inputs, argument_names)
     n_mutations = sum(1 for spec in exported.graph_signature.output_specs if "MUTATION" in spec.kind.name)
     if n_mutations:
         drop_leading_outputs(module, n_mutations)
@@ -145,6 +151,32 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         f"{type(model).__name__} cannot be captured: {_first_line(failure)} At {user_line(failure)}.",
         fix="make that line traceable by torch.export, or compress the part of the model that can be captured.",
     ) from failure
+
+
+def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """A readable name for every flat input: the argument's own name, with the path inside nested structures."""
+    parameters = [p.name for p in inspect.signature(model.forward).parameters.values()]
+    names = []
+    for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        positional, step, *rest = (getattr(key, "idx", getattr(key, "key", None)) for key in path)
+        first = parameters[step] if positional == 0 and step < len(parameters) else f"arg_{step}"
+        steps = [first if positional == 0 else str(step), *map(str, rest)]
+        names.append(re.sub(r"\W", "_", "_".join(steps)))
+    return names
+
+
+def _name_inputs(module: fx.GraphModule, inputs: list[str], names: list[str]) -> list[str]:
+    """Rename the input placeholders to the call's argument names, where those are free."""
+    taken = {node.name for node in module.graph.nodes}
+    by_name = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+    renamed = []
+    for old, new in zip(inputs, names, strict=True):
+        if new != old and new not in taken and new.isidentifier() and not keyword.iskeyword(new):
+            by_name[old].target = by_name[old].name = new
+            taken.add(new)
+        renamed.append(by_name[old].name)
+    module.recompile()
+    return renamed
 
 
 def _dynamic_dims(value: Any) -> Any:

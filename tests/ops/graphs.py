@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 Function = Callable[..., Any]
+
+decomposes_export = pytest.mark.filterwarnings("ignore:.*isinstance.*LeafSpec.*:FutureWarning")
+"""For ExportedProgram.run_decompositions, which in torch 2.13 copies a class that torch itself deprecates."""
 
 
 def operators(graph: fx.Graph) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxcompress.errors import FormatError
 from fxcompress.forms import ActivationQuantizer, DynamicPerToken, StaticPerTensor
 from fxcompress.ops import apply_quantizer
-from tests.ops.graphs import compiled, decomposed, dynamo, operators, pre_dispatch
+from tests.ops.graphs import compiled, decomposed, decomposes_export, dynamo, operators, pre_dispatch
 
 PROPERTY = settings(deadline=None)  # times vary with the load of the machine
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,9 +36,8 @@ def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def test_known_tokens() -> None:
-    q, scale = per_token(
-        torch.tensor([[127.0, -63.5, 0.5, 1.5], [0.0, 0.0, 0.0, 0.0], [-2.54, 0.0, 1.27, 0.02]])
-    )
+    x = torch.tensor([[127.0, -63.5, 0.5, 1.5], [0.0, 0.0, 0.0, 0.0], [-2.54, 0.0, 1.27, 0.02]])
+    q, scale = per_token(x)
     assert q.dtype == torch.int8
     assert scale.dtype == torch.float32
     torch.testing.assert_close(scale, torch.tensor([[1.0], [1.0], [0.02]]))
@@ -211,6 +210,7 @@ class Quantize(nn.Module):
         return value
 
 
+@decomposes_export
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_export_with_dynamic_shapes(name: str) -> None:
     quantizer, expected = QUANTIZERS[name]

@@ -9,7 +9,7 @@ from fxcompress.errors import FormatError
 from fxcompress.formats import IntFormat, decode, quantize_to_term, unpack_codes
 from fxcompress.forms import QuantizedWeight, WeightLayout
 from fxcompress.ops import dequantize_weight
-from tests.ops.graphs import compiled, decomposed, dynamo, operators, pre_dispatch
+from tests.ops.graphs import compiled, decomposed, decomposes_export, dynamo, operators, pre_dispatch
 
 LAYOUTS = {
     "linear": WeightLayout((12, 20), (0, 1)),
@@ -108,8 +108,7 @@ def linear() -> Linear:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-# torch 2.13's strict export still asks for a deprecated pytree check.
-@pytest.mark.filterwarnings("ignore:.*isinstance.*LeafSpec.*:FutureWarning")
+@decomposes_export
 def test_export_with_dynamic_shapes(linear: Linear, strict: bool) -> None:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     shapes = ({0: batch, 1: length},)

@@ -1,0 +1,181 @@
+"""The public functions: compress and load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcompress.artifact import build_artifact, read_artifact
+from fxcompress.calibration import as_calibration
+from fxcompress.calibration.generated import generated_tokens
+from fxcompress.capture import Program, capture_model
+from fxcompress.errors import CalibrationError, RecipeError, WeightError
+from fxcompress.examples import call_arguments, default_example
+from fxcompress.ghost import contains_ghosts
+from fxcompress.hf import empty_model, identity_of, load_tokenizer
+from fxcompress.manager import Verify, run_recipe
+from fxcompress.model import CompressedModel, remove_with, temporary_artifact
+from fxcompress.progress import ProgressOption
+from fxcompress.recipe import Recipe
+
+__all__ = ["compress", "load"]
+
+
+def compress(
+    model: nn.Module,
+    recipe: Any,
+    calibration: Any | None = None,
+    *,
+    tokenizer: Any | None = None,
+    example_inputs: Any | None = None,
+    verify: Verify = "end",
+    seed: int = 0,
+    progress: ProgressOption = True,
+    checkpoint: str | Path | None = None,
+) -> CompressedModel:
+    """Compress a model.
+
+    Args:
+        model: Any module that ``torch.export`` can capture; not modified.
+        recipe: A preset's name (:func:`fxcompress.recipes`), a YAML file, a Recipe, a pass or a list of passes.
+        calibration: Text file, list of strings (both need ``tokenizer``), tensors, dicts of inputs, an iterable
+            or DataLoader of these, or a callable that returns them. When a recipe needs data and none are given,
+            a model that can generate samples text from itself; for other models this is an error.
+        tokenizer: For calibration text; saved with the artifact.
+        example_inputs: One call of the model: a tensor, a tuple of positional or a dict of keyword arguments.
+            Default: made from the calibration data or, for transformers models, from their configuration.
+        verify: ``"each"``, ``"end"`` or ``"off"``: prove function-preserving passes in float64, measure errors
+            per pass, and the end-to-end difference.
+        seed: Makes the run deterministic.
+        progress: Show a progress bar.
+        checkpoint: Directory where finished steps are kept; a killed run continues from there.
+
+    Returns:
+        The compressed model; the original stays as it was.
+
+    Raises:
+        RecipeError: unknown or illegal recipe, or the model is already compressed.
+        CaptureError: the model cannot be captured.
+        CalibrationError: data missing or unusable.
+        WeightError: a weight is NaN, inf or on another device.
+        CoverageError: the recipe changed nothing.
+
+    Example:
+        >>> small = fxcompress.compress(model, "w4a16-gptq", "corpus.txt", tokenizer=tokenizer)
+        >>> small.report.show()
+    """
+    if isinstance(model, CompressedModel) or contains_ghosts(model):
+        raise RecipeError("the model is already compressed.", fix="compress the original with one longer recipe.")
+    chosen = Recipe.load(recipe)
+    _check_devices(model)
+    if calibration is None and chosen.needs_calibration and example_inputs is None:
+        calibration = _own_text(model, seed)
+    with torch.no_grad():
+        program = _capture(model, calibration, example_inputs)
+        if calibration is None and chosen.needs_calibration:
+            calibration = _own_text(model, seed)
+        data = None if calibration is None else as_calibration(calibration, program, tokenizer=tokenizer)
+        examples = None
+        if data is None:
+            examples = as_calibration([default_call(model, example_inputs)], program)
+        result = run_recipe(
+            program,
+            chosen,
+            data,
+            examples=examples,
+            seed=seed,
+            verify=verify,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+        artifact = build_artifact(
+            recipe=chosen.to_dict(),
+            state=result.state,
+            report=result.report.to_dict(),
+            module=model,
+            identity=identity_of(model),
+            aliases=program.aliases,
+        )
+        stored, folder = temporary_artifact(artifact, tokenizer)
+    small = CompressedModel(model, stored, tokenizer=tokenizer)
+    remove_with(small, folder)
+    return small
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "inductor") -> CompressedModel:
+    """Load a saved compression.
+
+    Args:
+        path: Directory written by :meth:`CompressedModel.save`.
+        model: A module built like the compressed one (any weights). Not needed for transformers models, which
+            are built from the stored configuration.
+        backend: ``"inductor"`` or ``"eager"``.
+
+    Raises:
+        ArtifactError: missing, damaged, newer or unsafe.
+        BindingError: ``model`` has other parameters than the compressed one.
+
+    Example:
+        >>> small = fxcompress.load("out")
+        >>> small.generate(**inputs)
+    """
+    artifact = read_artifact(path)
+    if model is None:
+        model = empty_model(artifact)
+    else:
+        artifact.check_module(model)
+    return CompressedModel(model, artifact, backend=backend, tokenizer=load_tokenizer_if_any(path, artifact.identity.kind))
+
+
+def load_tokenizer_if_any(path: str | Path, kind: str) -> Any | None:
+    """The tokenizer saved with an artifact of a transformers model."""
+    return load_tokenizer(path) if kind == "transformers" else None
+
+
+def default_call(model: nn.Module, example_inputs: Any | None) -> Any:
+    """One call of the model as a mapping or tuple: the given example, or one made from its configuration."""
+    args, kwargs = call_arguments(model, default_example(model) if example_inputs is None else example_inputs)
+    return kwargs if not args else args
+
+
+def _capture(model: nn.Module, calibration: Any | None, example_inputs: Any | None) -> Program:
+    example = example_inputs
+    if example is None:
+        example = _first_call(calibration)
+    if example is None:
+        example = default_example(model)
+    args, kwargs = call_arguments(model, example)
+    return capture_model(model, args, kwargs)
+
+
+def _first_call(calibration: Any) -> Any | None:
+    """The first sample of calibration data that already are model inputs; None for text and callables."""
+    if isinstance(calibration, list | tuple) and calibration and not isinstance(calibration[0], str):
+        return calibration[0] if isinstance(calibration, list) else calibration
+    if isinstance(calibration, torch.Tensor | Mapping):
+        return calibration
+    return None
+
+
+def _own_text(model: nn.Module, seed: int) -> Any:
+    if not hasattr(model, "generate"):
+        raise CalibrationError(
+            "the recipe needs calibration data and none were given.",
+            fix="pass calibration=..., e.g. a few batches of typical inputs.",
+        )
+    return generated_tokens(model, seed=seed)
+
+
+def _check_devices(model: nn.Module) -> None:
+    devices = {str(tensor.device): name for name, tensor in model.named_parameters()}
+    if not devices:
+        raise WeightError(f"{type(model).__name__} has no parameters.", fix="there is nothing to compress.")
+    if "meta" in devices:
+        raise WeightError(f"{devices['meta']}: has no values (meta device).", fix="load the weights first.")
+    if len(devices) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in sorted(devices.items()))
+        raise WeightError(f"the model is spread over several devices: {found}.", fix="move it to one device.")

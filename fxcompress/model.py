@@ -1,0 +1,152 @@
+"""CompressedModel: the user's module with its weights in compressed form."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.artifact import Artifact, read_artifact, save_artifact
+from fxcompress.edits import CompressionState
+from fxcompress.errors import FxCompressError
+from fxcompress.ghost import contains_ghosts, ghost_copy, ghost_tag
+from fxcompress.registry import backend_class
+from fxcompress.report import Report
+from fxcompress.store import WeightStore
+
+
+class CompressedModel:
+    """A compressed model; called like the original.
+
+    The module's own Python keeps running (generation loops, caches, sampling); every graph that PyTorch captures
+    from it is rewritten with the artifact's forms. Compressed parameters of :attr:`model` are *ghosts*: NaN, no
+    memory. Made by :func:`fxcompress.compress` and :func:`fxcompress.load`.
+
+    Attributes:
+        model: The module, ready to be called (it is compiled in place).
+        report: What was compressed, how, and at what cost.
+        artifact: The edits, their tensors lazily read from disk.
+        tokenizer: The tokenizer given to ``compress`` or saved with the artifact, or None.
+    """
+
+    def __init__(
+        self, module: nn.Module, artifact: Artifact, *, backend: str = "inductor", tokenizer: Any | None = None
+    ) -> None:
+        weights: dict[str, Tensor] = {}
+        state = CompressionState(weights)
+        state.forms = artifact.forms  # type: ignore[assignment]
+        state.fused = list(artifact.fused)
+        self._store = WeightStore(state)
+        names = set(artifact.parameters)
+        replaced = {name for name in names if artifact.is_replaced(name)}
+        values = {name: artifact.tensors[name] for name in names - replaced}
+        self.model = ghost_copy(module, values, replaced, self._store)
+        weights.update(dict(self.model.named_parameters()))
+        self.artifact = artifact
+        self.report = Report.from_dict(artifact.report)
+        self.tokenizer = tokenizer
+        self._folder: str | None = None
+        self.set_backend(backend)
+        if hasattr(self.model, "generate"):
+            self.generate: Callable[..., Any] = self.model.generate
+
+    def set_backend(self, backend: str) -> None:
+        """Run on another backend: ``"inductor"`` (default) or ``"eager"`` (the reference).
+
+        Raises:
+            BackendError: unknown backend.
+        """
+        self.backend = backend
+        self._compiler = backend_class(backend)(self._store)
+        for module in entry_points(self.model):
+            module.compile(backend=self._compiler)
+        refuse_state_dict(self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"CompressedModel({type(self.model).__name__}, {self.report.totals}, backend={self.backend!r})"
+
+    @property
+    def config(self) -> Any:
+        """The module's configuration, when it has one."""
+        return getattr(self.model, "config", None)
+
+    def resident_bytes(self) -> int:
+        """Bytes held by parameters, buffers and packed weights, each storage counted once.
+
+        Packed weights are built when the first graph that needs them is compiled; call the model once before.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self._store.resident_tensors()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    def explain(self) -> dict[str, str]:
+        """Kernel of every linear site compiled so far, by parameter name."""
+        return dict(self._compiler.choices)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Save as a directory of safetensors and JSON; see :mod:`fxcompress.artifact`.
+
+        Raises:
+            ArtifactError: the directory exists, or cannot be written.
+        """
+        save_artifact(self.artifact, path, tokenizer=self.tokenizer, overwrite=overwrite)
+
+
+def entry_points(model: nn.Module) -> list[nn.Module]:
+    """Modules that Python code may call by themselves: the model, and submodules that are models of their own.
+
+    An encoder–decoder's ``generate`` calls the encoder directly; such submodules carry a configuration and name
+    their main input, as the whole model does.
+    """
+    found = [model]
+    for submodule in model.modules():
+        own = hasattr(submodule, "config") and hasattr(submodule, "main_input_name")
+        if submodule is not model and own and contains_ghosts(submodule):
+            found.append(submodule)
+    return found
+
+
+def refuse_state_dict(model: nn.Module) -> None:
+    """Make ``load_state_dict`` on a ghosted module fail with an explanation instead of a stride error."""
+
+    def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
+        for name, parameter in module._parameters.items():
+            assigned = metadata.get("assign_to_params_buffers", False)
+            if f"{prefix}{name}" in state_dict and ghost_tag(parameter) is not None and not assigned:
+                raise FxCompressError(
+                    f"{prefix}{name}: is compressed, its values cannot be overwritten.",
+                    fix="compress the model that has the new weights, or load_state_dict(..., assign=True).",
+                )
+
+    for submodule in model.modules():
+        if any(ghost_tag(parameter) is not None for parameter in submodule._parameters.values()):
+            if not getattr(submodule, "_fxcompress_guarded", False):
+                submodule.register_load_state_dict_pre_hook(hook)
+                submodule._fxcompress_guarded = True  # type: ignore[assignment]
+
+
+def temporary_artifact(artifact: Artifact, tokenizer: Any | None) -> tuple[Artifact, str]:
+    """Move a freshly made artifact to disk, so that its tensors need not stay in memory."""
+    folder = tempfile.mkdtemp(prefix="fxcompress-")
+    try:
+        save_artifact(artifact, Path(folder) / "artifact", tokenizer=tokenizer)
+        return read_artifact(Path(folder) / "artifact"), folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def remove_with(owner: object, folder: str) -> None:
+    """Delete ``folder`` when ``owner`` is gone."""
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
