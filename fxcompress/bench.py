@@ -149,7 +149,8 @@ def bench(
     if not names or len(set(names)) != len(names):
         raise FxCompressError(f"bench: variants {names}, expected at least one and no name twice.")
     prefill = _prefill_inputs(variants[0].model, inputs, vocabulary, settings, seed)
-    runs = [_Run(variant, prefill, settings, clock) for variant in variants]
+    shapes: list[tuple[Tensor, Tensor]] = []
+    runs = [_Run(variant, prefill, settings, clock, shapes) for variant in variants]
     total = len(runs) * (settings.rounds + 1)
     with torch.no_grad(), Reporter(progress) as reporter:
         reporter.start("bench", total)
@@ -204,7 +205,12 @@ class _Run:
     """One variant: its inputs, its cache, its measurements."""
 
     def __init__(
-        self, variant: Variant, prefill: Any, settings: BenchSettings, clock: Callable[[], float]
+        self,
+        variant: Variant,
+        prefill: Any,
+        settings: BenchSettings,
+        clock: Callable[[], float],
+        shapes: list[tuple[Tensor, Tensor]],
     ) -> None:
         self.name, self.model, self.settings, self.clock = variant.name, variant.model, settings, clock
         self.prefill_inputs = prefill
@@ -214,6 +220,7 @@ class _Run:
             self.rates["decode"] = []
         self.warmup = 0.0
         self._static: dict[int, Any] = {}
+        self._shapes = shapes
 
     def warm_up(self) -> None:
         start = self.clock()
@@ -247,6 +254,9 @@ class _Run:
             self.model, self.prefill_inputs[:, : settings.prompt], logits_to_keep=1, **options
         )
 
+        if not self._shapes and self.cache == "dynamic":
+            self._shapes += _empty_entries(_cache_of(output, self.name))
+
         def steps() -> None:
             token, cache = _greedy(output), _cache_of(output, self.name)
             for _ in range(settings.steps):
@@ -266,7 +276,7 @@ class _Run:
         if self.cache == "dynamic":
             return {"use_cache": True}
         if length not in self._static:
-            self._static[length] = _static_cache(self.model, length)
+            self._static[length] = _static_cache(self.model, length, self._shapes)
         cache = self._static[length]
         cache.reset()  # compiled graphs are bound to one cache's addresses: a new one would compile again
         return {"use_cache": True, "past_key_values": cache}
@@ -324,6 +334,9 @@ def _cache_kind(variant: Variant) -> str:
     if "past_key_values" not in parameter_names(variant.model):
         return "none"
     module = _module(variant.model)
+    able = getattr(module, "can_generate", None)
+    if callable(able) and not able():
+        return "none"
     wrapped = module is not variant.model or hasattr(variant.model, "_orig_mod")
     compiled = wrapped or getattr(module, "_compiled_call_impl", None) is not None
     if not compiled:
@@ -331,13 +344,32 @@ def _cache_kind(variant: Variant) -> str:
     return "static" if getattr(module, "_can_compile_fullgraph", False) else "dynamic"
 
 
-def _static_cache(model: Any, length: int) -> Any:
+def _empty_entries(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer of a used cache, cut to length 0; nothing for caches of another kind."""
+    entries = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None))
+        for layer in getattr(cache, "layers", ())
+    ]
+    return [(k[:, :, :0], v[:, :, :0]) for k, v in entries if isinstance(k, Tensor) and isinstance(v, Tensor)]
+
+
+def _static_cache(model: Any, length: int, shapes: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """A static cache, its memory allocated where an earlier variant has shown the shapes.
+
+    A cache that allocates on first use works too, but has its first use compiled apart.
+    """
     from transformers import StaticCache
 
     config: Any = _config(model)
     if config is None:
         raise FxCompressError("bench: a static cache needs the model's config.", fix="use cache='dynamic'.")
-    return StaticCache(config=config, max_cache_len=length)
+    cache: Any = StaticCache(config=config, max_cache_len=length)
+    module = _module(model)
+    weights = [] if module is None else [p for p in module.parameters() if p.is_floating_point()]
+    if weights and len(shapes) == len(cache.layers):
+        for layer, (keys, values) in zip(cache.layers, shapes, strict=True):
+            layer.lazy_initialization(keys.to(weights[0]), values.to(weights[0]))
+    return cache
 
 
 def _greedy(output: Any) -> Tensor:

@@ -174,7 +174,7 @@ def _entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
 def _find(name: str, builtin: dict[str, str], group: str, what: str, error: type[FxCompressError]) -> Any:
     points = _entry_points(group)
     providers = [builtin[name]] if name in builtin else []
-    providers += [point.value for point in points.get(name, [])]
+    providers += [f"{point.module}:{point.attr}" for point in points.get(name, [])]
     if not providers:
         raise error(f"unknown {what} {name!r}.", fix=close_matches(name, {*builtin, *points, *_registered}))
     if len(providers) > 1:

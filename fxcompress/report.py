@@ -92,7 +92,8 @@ class Report:
         after = self.bytes_after
         return {
             "parameters": len(self.rows),
-            "compressed": sum(1 for row in self.rows if row.form != "kept"),
+            "compressed": sum(1 for row in self.rows if row.form not in ("kept", "edited")),
+            "edited": sum(1 for row in self.rows if row.form == "edited"),
             "kept": sum(1 for row in self.rows if row.form == "kept"),
             "bytes_before": self.bytes_before,
             "bytes_after": after,
@@ -185,7 +186,7 @@ class Report:
         before, after = totals["bytes_before"] / 1e6, totals["bytes_after"] / 1e6
         lines = [
             f"total: {before:.2f} MB -> {after:.2f} MB ({totals['ratio']:.2f}x),"
-            f" {totals['compressed']} of {totals['parameters']} parameters changed"
+            f" {totals['compressed']} of {totals['parameters']} parameters compressed"
         ]
         if self.relative_error is not None:
             scored = f", KL {self.kl:.3e} nats per token" if self.kl is not None else ""
@@ -209,7 +210,7 @@ def _cells(rows: Sequence[WeightRow]) -> list[str]:
         f"{sum(row.bytes_before for row in rows) / 1e6:.2f}",
         f"{sum(row.bytes_after for row in rows) / 1e6:.2f}",
         shown,
-        first.reason or ", ".join(first.passes),
+        "; ".join(filter(None, (", ".join(first.passes), first.reason if first.form == "kept" else ""))),
     ]
 
 

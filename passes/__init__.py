@@ -11,5 +11,6 @@ from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_weights import QuantizeWeights
+from fxcompress.passes.smooth_activations import SmoothActivations
 
-__all__ = ["FuseSiblings", "Gptq", "QuantizeActivations", "QuantizeWeights"]
+__all__ = ["FuseSiblings", "Gptq", "QuantizeActivations", "QuantizeWeights", "SmoothActivations"]

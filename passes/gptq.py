@@ -79,7 +79,7 @@ class Gptq(SelectivePass):
     symmetric: bool = False
     group_size: int = 64
     damping: float = 0.01
-    shrinkage: float = 0.0
+    shrinkage: float = 0.5
     act_order: bool = True
     static_groups: bool = True
     block_columns: int = 128

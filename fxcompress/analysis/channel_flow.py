@@ -1,9 +1,9 @@
-"""Follow scaled channels forward: if channel j of a value is divided by s_j, which elements downstream are, too?
+"""Follow scaled channels forward: if channel j of a value is divided by s_j, which elements downstream are?
 
 A flow starts with labels on one value and walks the graph forward. Ops that commute with a positive scale per
-channel pass labels on; weight sites absorb them (their columns can be multiplied by s_j); everything else *freezes*
-the channels it reads (s_j must stay 1) and says why. What is left at the end can be scaled by any s > 0 without
-changing any output of the graph, because every reader of every labelled value was visited.
+channel pass labels on; weight sites absorb them (their columns can be multiplied by s_j); everything else
+*freezes* the channels it reads (s_j must stay 1) and says why. What is left at the end can be scaled by any
+s > 0 without changing any output of the graph, because every reader of every labelled value was visited.
 """
 
 from __future__ import annotations
@@ -18,25 +18,36 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.channel_labels import NO_CHANNEL, ChannelClasses, align
-from fxcompress.analysis.channel_moves import MOVES, Blocked
-from fxcompress.analysis.op_arguments import arguments, describe, op_name, shape_of
+from fxcompress.analysis.channel_moves import MOVES, BlockedError
+from fxcompress.analysis.op_arguments import arguments, aten_names, describe, op_name, shape_of
 from fxcompress.analysis.parameter_views import ParameterView, parameter_view
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.capture.program import Program
 
-_SHAPE_ONLY = frozenset(
-    f"aten::{name}"
-    for name in ["sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "new_zeros", "new_ones", "new_full", "new_empty"]
+_SHAPE_ONLY = aten_names(
+    """
+    sym_size sym_stride sym_numel sym_storage_offset zeros_like ones_like empty_like full_like rand_like
+    new_zeros new_ones new_full new_empty
+    """
 )
-_BY_SHAPE_OF_OTHER = frozenset(
-    f"aten::{name}" for name in ("to", "type_as", "expand_as", "view_as", "reshape_as")
-)
-_ABSORBING = (SiteKind.LINEAR, SiteKind.BATCHED, SiteKind.EXPERTS)
+_BY_SHAPE_OF_OTHER = aten_names("to type_as expand_as view_as reshape_as")
+ABSORBING = (SiteKind.LINEAR, SiteKind.BATCHED, SiteKind.EXPERTS)
+"""Kinds of sites whose columns can take a scale."""
+
+
+def product_of(sites: Sequence[Site]) -> Site | None:
+    """The site whose matrix a node multiplies with, if there is exactly one; what it adds does not count."""
+    products = [site for site in sites if site.kind is not SiteKind.OTHER]
+    return products[0] if len(products) == 1 else None
+
+
+def _does_not_commute(node: fx.Node) -> BlockedError:
+    return BlockedError(f"{describe(node)} does not commute with a scale per channel")
 
 
 @dataclass(frozen=True, eq=False)
 class Absorbed:
-    """Labels that arrived at a site: ``columns`` is ``[B, K]``, or ``[1, K]`` when all matrices share them."""
+    """Labels that arrived at a site: ``columns`` is ``[B, K]``, or ``[1, K]`` if all matrices share them."""
 
     site: Site
     columns: Tensor
@@ -44,7 +55,7 @@ class Absorbed:
 
 @dataclass(frozen=True, eq=False)
 class Companion:
-    """A parameter added to a labelled value, to be divided along: labels of its elements, in its own shape."""
+    """A parameter added to a labelled value, to be divided along; ``labels`` has its shape."""
 
     view: ParameterView
     labels: Tensor
@@ -124,7 +135,11 @@ class Flow:
         return any(bool((self.classes.live(part) >= 0).any()) for part in parts)
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
-        return [source for source in node.all_input_nodes if source in self.labels and self._any_live(self.labels[source])]
+        return [
+            source
+            for source in node.all_input_nodes
+            if source in self.labels and self._any_live(self.labels[source])
+        ]
 
     def _freeze_all(self, node: fx.Node, reason: str) -> None:
         for source in self._inputs(node):
@@ -147,22 +162,24 @@ class Flow:
             return None
         if node.target is operator.getitem:
             held = self.labels[inputs[0]]
-            return held[int(node.args[1])] if isinstance(held, list) else self._stop(node)  # type: ignore[call-overload]
+            index = node.args[1]
+            if isinstance(held, list) and isinstance(index, int):
+                return held[index]
+            self._freeze_all(node, str(_does_not_commute(node)))
+            return None
         if op_name(node) in _SHAPE_ONLY:
             return None
         if node not in self.inside:
             self._freeze_all(node, f"it is also read outside its block, by {describe(node)}")
             return None
         if node in self.sites:
-            return self._absorb(node, self.sites[node])
+            self._absorb(node, self.sites[node])
+            return None
         try:
             return self._apply(node, inputs)
-        except Blocked as blocked:
+        except BlockedError as blocked:
             self._freeze_all(node, str(blocked))
             return None
-
-    def _stop(self, node: fx.Node) -> None:
-        self._freeze_all(node, f"{describe(node)} does not commute with a scale per channel")
 
     def _apply(self, node: fx.Node, inputs: Sequence[fx.Node]) -> Tensor | list[Tensor] | None:
         from fxcompress.analysis.channel_rules import RULES
@@ -170,17 +187,17 @@ class Flow:
         name = op_name(node)
         value = node.meta.get("val")
         if isinstance(value, Tensor) and not value.is_floating_point():
-            return self._stop(node)
+            raise _does_not_commute(node)
         if name in RULES:
             result = RULES[name](self, node, arguments(node))
             return None if result is None else self._check_rank(node, result)
         if name not in MOVES:
-            return self._stop(node)
+            raise _does_not_commute(node)
         args = arguments(node)
         source = args.get("self", args.get("input"))
         others = [other for other in inputs if other is not source]
         if others and name not in _BY_SHAPE_OF_OTHER:
-            return self._stop(node)
+            raise _does_not_commute(node)
         labels = self.live(source)
         return None if labels is None else self._check_rank(node, MOVES[name](node, labels, args))
 
@@ -189,16 +206,20 @@ class Flow:
         if isinstance(result, list):
             return result
         shape = shape_of(node)
-        fits = result.dim() == len(shape) and all(a in (1, b) for a, b in zip(result.shape, shape, strict=True))
+        fits = result.dim() == len(shape) and all(
+            a in (1, b) for a, b in zip(result.shape, shape, strict=True)
+        )
         if not fits:
-            raise Blocked(f"{describe(node)}: labels {tuple(result.shape)} do not fit its shape {shape}")
+            raise BlockedError(f"{describe(node)}: labels {tuple(result.shape)} do not fit its shape {shape}")
         return result
 
     def _absorb(self, node: fx.Node, sites: Sequence[Site]) -> None:
-        site = sites[0]
-        if len(sites) > 1 or site.kind not in _ABSORBING or site.input is None:
-            what = site.kind.value if len(sites) == 1 else "several"
-            self._freeze_all(node, f"{describe(node)} uses {site.name} in a way ({what}) that cannot take a scale")
+        site = product_of(sites)
+        if site is None or site.kind not in ABSORBING or site.input is None:
+            what = sites[0] if site is None else site
+            self._freeze_all(
+                node, f"{describe(node)} uses {what.name} ({what.kind.value}), which cannot take a scale"
+            )
             return
         if node not in self.inside:
             self._freeze_all(node, f"{site.name} lies in another block")
@@ -218,7 +239,7 @@ class Flow:
         """Labels of the site's columns, ``[1, K]`` or ``[B, K]``; merges what shares a column."""
         batches, _, width = site.layout.matrix_shape
         reason = f"{describe(node)}: a column of {site.name} would need two scales"
-        if labels.shape[-1] not in (1, width) or (labels.shape[-1] == 1 and shape_of(site.input)[-1] != width):  # type: ignore[arg-type]
+        if site.input is None or shape_of(site.input)[-1] != width:
             self.freeze(node, labels, f"{describe(node)} does not contract the last dimension of its input")
             return None
         labels = labels.expand(*labels.shape[:-1], width)
@@ -228,14 +249,16 @@ class Flow:
             and labels.dim() >= 3
             and labels.shape[-3] == batches > 1
         )
-        rows = labels.movedim(-3, 0).reshape(batches, -1, width) if per_matrix else labels.reshape(1, -1, width)
+        rows = (
+            labels.movedim(-3, 0).reshape(batches, -1, width) if per_matrix else labels.reshape(1, -1, width)
+        )
         columns = rows[:, 0]
         for k in range(1, rows.shape[1]):
             columns = self.merge(node, columns, rows[:, k], reason)
         return columns
 
     def accompany(self, node: fx.Node, labels: Tensor, other: object) -> bool:
-        """Let the parameter ``other``, which ``node`` adds to a labelled value, be divided along if possible."""
+        """Divide the parameter ``other``, which ``node`` adds to a labelled value, along if it is one."""
         view = parameter_view(self.program, other)
         if view is None:
             return False
@@ -247,6 +270,8 @@ class Flow:
         index, values = index.flatten(), values.flatten()
         held = torch.full((max(1, int(torch.tensor(view.shape).prod())),), NO_CHANNEL)
         held[index] = values
-        self.merge(node, held[index], values, f"an element of {view.name} would need two scales in {describe(node)}")
+        self.merge(
+            node, held[index], values, f"an element of {view.name} would need two scales in {describe(node)}"
+        )
         self.companions.append(Companion(view, held.reshape(view.shape)))
         return True

@@ -1,7 +1,8 @@
 """Channel labels: which channel of a producer every element of a tensor belongs to.
 
-Labels are an int64 tensor with the rank of the value they describe; a dimension is either full or 1, and 1 means
-that the label does not depend on that dimension, so batch and sequence stay symbolic. The label -1 stands for an
+Labels are an int64 tensor with the rank of the value they describe; a dimension is either full or 1, and 1
+means that the label does not depend on that dimension, so batch and sequence stay symbolic. The label -1
+stands for an
 element that belongs to no channel: its value does not change when the channels are scaled.
 """
 
@@ -9,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def regroup(labels: Tensor, old: Sequence[Any], new: Sequence[Any]) -> Tensor | 
     expanded: list[int] = []
     target: list[int] = []
     cuts = _cuts(old, new)
-    for (i, j), (k, m) in zip(cuts, cuts[1:], strict=False):
+    for (i, j), (k, m) in pairwise(cuts):
         if all(labels.shape[d] == 1 for d in range(i, k)):
             expanded += [1] * (k - i)
             target += [1] * (m - j)
@@ -63,8 +64,14 @@ def regroup(labels: Tensor, old: Sequence[Any], new: Sequence[Any]) -> Tensor | 
 def _cuts(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[int, int]]:
     """Places ``(i, j)`` where ``old[:i]`` and ``new[:j]`` hold equally many elements, ends included."""
     left, right = [_expression(size) for size in old], [_expression(size) for size in new]
-    prefix = ([_product(left[:i]) for i in range(len(left) + 1)], [_product(right[:j]) for j in range(len(right) + 1)])
-    suffix = ([_product(left[i:]) for i in range(len(left) + 1)], [_product(right[j:]) for j in range(len(right) + 1)])
+    prefix = (
+        [_product(left[:i]) for i in range(len(left) + 1)],
+        [_product(right[:j]) for j in range(len(right) + 1)],
+    )
+    suffix = (
+        [_product(left[i:]) for i in range(len(left) + 1)],
+        [_product(right[j:]) for j in range(len(right) + 1)],
+    )
     cuts = [(0, 0)]
     for i in range(1, len(left)):
         for j in range(cuts[-1][1], len(right) + 1):
@@ -76,11 +83,12 @@ def _cuts(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def _expression(size: Any) -> Any:
-    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+    return size if isinstance(size, int) else size.node.expr
 
 
 def _product(sizes: Sequence[Any]) -> Any:
-    return sympy.expand(math.prod(sizes, start=sympy.Integer(1)))
+    product = math.prod(sizes)
+    return product if isinstance(product, int) else product.expand()
 
 
 class ChannelClasses:

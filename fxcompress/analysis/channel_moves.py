@@ -1,24 +1,24 @@
 """How ops that only move, copy or drop elements act on channel labels.
 
-Every rule takes ``(node, labels, arguments)`` for one labelled input and returns the labels of the result (a list
-for ops with several results), or raises :class:`Blocked`.
+Every rule takes ``(node, labels, arguments)`` for one labelled input and returns the labels of the result (a
+list for ops with several results), or raises :class:`BlockedError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
 from fxcompress.analysis.channel_labels import NO_CHANNEL, align, regroup
-from fxcompress.analysis.op_arguments import describe, shape_of
+from fxcompress.analysis.op_arguments import aten_names, describe, shape_of
 
 Result: TypeAlias = Tensor | list[Tensor]
 Move: TypeAlias = Callable[[fx.Node, Tensor, dict[str, Any]], Result]
 
 
-class Blocked(Exception):
+class BlockedError(Exception):
     """Channels cannot be followed through an op; the message says which and why."""
 
 
@@ -26,16 +26,16 @@ def _keep(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
     return labels
 
 
-def _eval_dropout(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
+def _dropout(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
     return labels  # zeroing and rescaling elements commutes with a scale, in training mode too
 
 
 def _reshape(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
     if args.get("dtype") is not None:
-        raise Blocked(f"{describe(node)} reinterprets the bits")
+        raise BlockedError(f"{describe(node)} reinterprets the bits")
     found = regroup(labels, shape_of(_source(args)), shape_of(node))
     if found is None:
-        raise Blocked(f"{describe(node)} mixes channels with a dimension of unknown size")
+        raise BlockedError(f"{describe(node)} mixes channels with a dimension of unknown size")
     return found
 
 
@@ -65,15 +65,19 @@ def _expand(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
 
 def _repeat(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
     labels = align(labels, len(shape_of(node)))
-    times = [1 if size == 1 else _integer(node, r) for size, r in zip(labels.shape, args["repeats"], strict=True)]
+    times = [
+        1 if size == 1 else _integer(node, r) for size, r in zip(labels.shape, args["repeats"], strict=True)
+    ]
     return labels.repeat(times)
 
 
 def _repeat_interleave(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
     if args.get("dim") is None:
-        raise Blocked(f"{describe(node)} flattens")
+        raise BlockedError(f"{describe(node)} flattens")
     dim = _integer(node, args["dim"])
-    return labels if labels.shape[dim] == 1 else labels.repeat_interleave(_integer(node, args["repeats"]), dim)
+    return (
+        labels if labels.shape[dim] == 1 else labels.repeat_interleave(_integer(node, args["repeats"]), dim)
+    )
 
 
 def _slice(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
@@ -119,14 +123,14 @@ def _same_along(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
     given = args.get("dims", args.get("dim"))
     dims = given if isinstance(given, list | tuple) else [given]
     if not dims or any(labels.shape[_integer(node, d)] > 1 for d in dims):
-        raise Blocked(f"{describe(node)} rearranges channels by data")
+        raise BlockedError(f"{describe(node)} rearranges channels by data")
     return labels
 
 
 def _gather(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
     dim = _integer(node, args["dim"])
     if labels.shape[dim] > 1:
-        raise Blocked(f"{describe(node)} picks channels by data")
+        raise BlockedError(f"{describe(node)} picks channels by data")
     for d, size in enumerate(shape_of(node)):
         if labels.shape[d] > 1:
             labels = labels.narrow(d, 0, _integer(node, size))
@@ -152,7 +156,7 @@ def _index(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
         width = max(width, 1 if mask else value.dim())
         dim += consumed
     if any(labels.shape[d] > 1 for d in indexed):
-        raise Blocked(f"{describe(node)} picks channels by data")
+        raise BlockedError(f"{describe(node)} picks channels by data")
     kept += range(dim, labels.dim())
     sizes = [labels.shape[d] for d in kept]
     place = sum(1 for d in kept if d < first) if adjacent else 0
@@ -161,15 +165,15 @@ def _index(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
 
 def _pad(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
     if args.get("mode", "constant") != "constant" or args.get("value") not in (None, 0, 0.0):
-        raise Blocked(f"{describe(node)} pads with something other than zeros")
-    padding = [_integer(node, p) for p in args["pad"]]
+        raise BlockedError(f"{describe(node)} pads with something other than zeros")
+    padding = args["pad"]
     for place in range(len(padding) // 2):
         dim = labels.dim() - 1 - place
-        before, after = padding[2 * place : 2 * place + 2]
-        if labels.shape[dim] == 1 or (before == 0 and after == 0):
+        if labels.shape[dim] == 1:
             continue
+        before, after = (_integer(node, p) for p in padding[2 * place : 2 * place + 2])
         if before < 0 or after < 0:
-            raise Blocked(f"{describe(node)} crops by negative padding")
+            raise BlockedError(f"{describe(node)} crops by negative padding")
         labels = _padded(labels, dim, before, after)
     return labels
 
@@ -188,17 +192,28 @@ def _reduce(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
     dims = range(labels.dim()) if given is None or given == [] else given
     numbers = sorted((_integer(node, d) % labels.dim() for d in dims), reverse=True)
     if any(labels.shape[d] > 1 for d in numbers):
-        raise Blocked(f"{describe(node)} sums over channels")
+        raise BlockedError(f"{describe(node)} sums over channels")
     if not args.get("keepdim"):
         for d in numbers:
             labels = labels.squeeze(d)
     return labels
 
 
+def _pool(dims: int) -> Move:
+    """Averages over the last ``dims`` dimensions."""
+
+    def move(node: fx.Node, labels: Tensor, args: dict[str, Any]) -> Result:
+        if any(size > 1 for size in labels.shape[-dims:]):
+            raise BlockedError(f"{describe(node)} averages over channels")
+        return labels
+
+    return move
+
+
 def _source(args: dict[str, Any]) -> fx.Node:
     value = args.get("self", args.get("input"))
     if not isinstance(value, fx.Node):
-        raise Blocked("an op has no tensor as its first argument")
+        raise BlockedError("an op has no tensor as its first argument")
     return value
 
 
@@ -206,71 +221,41 @@ def _integer(node: fx.Node, value: Any) -> int:
     if isinstance(value, fx.Node):
         value = value.meta.get("val")
     if not isinstance(value, int):
-        raise Blocked(f"{describe(node)} cuts channels at a place known only at run time")
+        raise BlockedError(f"{describe(node)} cuts channels at a place known only at run time")
     return value
 
 
-MOVES: dict[str, Move] = {
-    **dict.fromkeys(
-        (
-            "aten::to",
-            "aten::_to_copy",
-            "aten::type_as",
-            "aten::clone",
-            "aten::contiguous",
-            "aten::detach",
-            "aten::detach_",
-            "aten::alias",
-            "aten::lift_fresh",
-            "aten::lift_fresh_copy",
-        ),
-        _keep,
-    ),
-    "aten::dropout": _eval_dropout,
-    **dict.fromkeys(
-        (
-            "aten::view",
-            "aten::reshape",
-            "aten::_unsafe_view",
-            "aten::_reshape_alias",
-            "aten::view_as",
-            "aten::reshape_as",
-            "aten::flatten",
-            "aten::unflatten",
-            "aten::squeeze",
-            "aten::unsqueeze",
-        ),
-        _reshape,
-    ),
-    "aten::transpose": _transpose,
-    "aten::swapaxes": _transpose,
-    "aten::t": _swap_last,
-    "aten::mT": _swap_last,
-    "aten::numpy_T": _reverse_dims,
-    "aten::permute": _permute,
-    "aten::movedim": _movedim,
-    **dict.fromkeys(("aten::expand", "aten::expand_as", "aten::broadcast_to"), _expand),
-    "aten::repeat": _repeat,
-    "aten::repeat_interleave": _repeat_interleave,
-    "aten::slice": _slice,
-    "aten::narrow": _narrow,
-    "aten::select": _select,
-    **dict.fromkeys(
-        (
-            "aten::split",
-            "aten::split_with_sizes",
-            "aten::chunk",
-            "aten::unsafe_split",
-            "aten::unsafe_chunk",
-            "aten::tensor_split",
-        ),
-        _split,
-    ),
-    "aten::unbind": _unbind,
-    **dict.fromkeys(("aten::flip", "aten::roll", "aten::index_select"), _same_along),
-    "aten::gather": _gather,
-    "aten::index": _index,
-    **dict.fromkeys(("aten::pad", "aten::constant_pad_nd"), _pad),
-    **dict.fromkeys(("aten::sum", "aten::mean"), _reduce),
-}
+def _table() -> Iterator[tuple[str, Move]]:
+    rules: tuple[tuple[str, Move], ...] = (
+        ("to _to_copy type_as clone contiguous detach detach_ alias lift_fresh lift_fresh_copy", _keep),
+        ("dropout", _dropout),
+        ("view reshape _unsafe_view _reshape_alias view_as reshape_as", _reshape),
+        ("flatten unflatten squeeze unsqueeze", _reshape),
+        ("transpose swapaxes", _transpose),
+        ("t mT", _swap_last),
+        ("numpy_T", _reverse_dims),
+        ("permute", _permute),
+        ("movedim", _movedim),
+        ("expand expand_as broadcast_to", _expand),
+        ("repeat", _repeat),
+        ("repeat_interleave", _repeat_interleave),
+        ("slice", _slice),
+        ("narrow", _narrow),
+        ("select", _select),
+        ("split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split", _split),
+        ("unbind", _unbind),
+        ("flip roll index_select", _same_along),
+        ("gather", _gather),
+        ("index", _index),
+        ("pad constant_pad_nd", _pad),
+        ("sum mean", _reduce),
+        ("adaptive_avg_pool1d", _pool(1)),
+        ("adaptive_avg_pool2d", _pool(2)),
+    )
+    for names, rule in rules:
+        for name in aten_names(names):
+            yield name, rule
+
+
+MOVES: dict[str, Move] = dict(_table())
 """Rules by schema name, for ops whose first tensor argument carries the labels."""

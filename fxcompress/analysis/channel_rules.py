@@ -1,7 +1,7 @@
 """How ops that compute act on scaled channels: which commute with a positive scale per channel.
 
-Every rule takes ``(flow, node, arguments)``, may freeze or merge channels, and returns the labels of the result
-(None: nothing of the result is scaled).
+Every rule takes ``(flow, node, arguments)``, may freeze or merge channels, and returns the labels of the
+result (None: nothing of the result is scaled).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fxcompress.analysis.channel_flow import Flow
 from fxcompress.analysis.channel_labels import NO_CHANNEL, align, constant_along, static_size
-from fxcompress.analysis.channel_moves import Blocked
+from fxcompress.analysis.channel_moves import BlockedError
 from fxcompress.analysis.op_arguments import describe, shape_of
 
 Rule: TypeAlias = Callable[[Flow, fx.Node, dict[str, Any]], Tensor | None]
@@ -35,7 +35,7 @@ def _mul(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None:
 
 def _div(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None:
     if args.get("rounding_mode") is not None:
-        raise Blocked(f"{describe(node)} rounds")
+        raise BlockedError(f"{describe(node)} rounds")
     flow.freeze(node, flow.live(args["other"]), f"{describe(node)} divides by it")
     return _broadcast(node, flow.live(args["self"]))
 
@@ -61,7 +61,7 @@ def _add(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None:
 def _masked_fill(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None:
     value = args["value"]
     if not isinstance(value, int | float) or value != 0:
-        raise Blocked(f"{describe(node)} fills with a value that is not scaled along")
+        raise BlockedError(f"{describe(node)} fills with a value that is not scaled along")
     return _broadcast(node, flow.live(args["self"]))
 
 
@@ -73,7 +73,7 @@ def _where(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None:
         return flow.merge(node, align(one, rank), align(two, rank), reason)
     labels, other = (two, args["self"]) if one is None else (one, args["other"])
     if not isinstance(other, int | float) or other != 0:
-        raise Blocked(reason)
+        raise BlockedError(reason)
     return _broadcast(node, labels)
 
 
@@ -90,7 +90,7 @@ def _cat(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None:
     for part, labels in zip(parts, held, strict=True):
         size = static_size(shape_of(part)[dim])
         if size is None:
-            raise Blocked(f"{describe(node)} joins channels along a dimension of unknown size")
+            raise BlockedError(f"{describe(node)} joins channels along a dimension of unknown size")
         if labels is None:
             labels = torch.full((1,) * rank, NO_CHANNEL)
         pieces.append(labels.expand(*labels.shape[:dim], size, *labels.shape[dim + 1 :]))
@@ -113,9 +113,9 @@ def _matmul(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None:
 
 
 def _product(flow: Flow, node: fx.Node, x: Any, y: Any) -> Tensor | None:
-    """``x @ y`` of two activations: rows of x or columns of y keep their channels, the contraction must not vary."""
+    """``x @ y`` of two activations: rows of x or columns of y keep their channels, the summed ones cannot."""
     if min(len(shape_of(x)), len(shape_of(y))) < 2:
-        raise Blocked(f"{describe(node)} multiplies by a vector")
+        raise BlockedError(f"{describe(node)} multiplies by a vector")
     for value, dim in ((x, -1), (y, -2)):
         labels = flow.live(value)
         if labels is not None and constant_along(labels, dim) is None:
@@ -141,11 +141,11 @@ def _attention(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None
         return None
     kept = constant_along(labels, -2)
     if kept is None:
-        raise Blocked(f"{describe(node)} sums over channels")
+        raise BlockedError(f"{describe(node)} sums over channels")
     if args.get("enable_gqa") and kept.shape[-3] > 1:
         heads = static_size(shape_of(node)[-3])
         if heads is None or heads % kept.shape[-3]:
-            raise Blocked(f"{describe(node)} has an unknown number of heads")
+            raise BlockedError(f"{describe(node)} has an unknown number of heads")
         kept = kept.repeat_interleave(heads // kept.shape[-3], -3)
     return kept
 
@@ -153,13 +153,13 @@ def _attention(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None
 def _einsum(flow: Flow, node: fx.Node, args: dict[str, Any]) -> Tensor | None:
     equation = str(args["equation"]).replace(" ", "")
     if "->" not in equation or "." in equation:
-        raise Blocked(f"{describe(node)} has the equation {equation!r}, which is not followed")
+        raise BlockedError(f"{describe(node)} has the equation {equation!r}, which is not followed")
     terms, output = equation.split("->")
     pairs = list(zip(terms.split(","), args["tensors"], strict=True))
     for letters, value in pairs:
         labels = flow.live(value)
         if len(set(letters)) < len(letters):
-            raise Blocked(f"{describe(node)} takes a diagonal")
+            raise BlockedError(f"{describe(node)} takes a diagonal")
         if labels is not None and not _constant_outside(labels, letters, output):
             flow.freeze(node, labels, f"{describe(node)} sums over channels")
     scaled = [(letters, value) for letters, value in pairs if flow.live(value) is not None]
@@ -195,7 +195,9 @@ def _is_empty(part: fx.Node, dim: int, rank: int) -> bool:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("aten::relu", "aten::relu_", "aten::leaky_relu", "aten::abs", "aten::neg"), _homogeneous),
+    **dict.fromkeys(
+        ("aten::relu", "aten::relu_", "aten::leaky_relu", "aten::abs", "aten::neg"), _homogeneous
+    ),
     "aten::mul": _mul,
     "aten::div": _div,
     "aten::add": _add,

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, fx
 
 
+def aten_names(names: str) -> frozenset[str]:
+    """Schema names of ATen operators, from a list separated by white space."""
+    return frozenset(f"aten::{name}" for name in names.split())
+
+
 def op_name(node: fx.Node) -> str:
     """Schema name without overload, e.g. ``"aten::view"``; empty for anything but an ATen-like operator."""
     target = node.target

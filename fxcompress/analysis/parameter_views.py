@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxcompress.analysis.channel_moves import MOVES, Blocked
-from fxcompress.analysis.op_arguments import arguments, op_name
+from fxcompress.analysis.channel_moves import MOVES, BlockedError
+from fxcompress.analysis.op_arguments import arguments, aten_names, op_name
 from fxcompress.capture.program import Program
 
-_REARRANGE = frozenset(
-    f"aten::{name}"
-    for name in ["to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "t", "mT", "numpy_T", "permute", "expand", "expand_as", "broadcast_to", "slice", "narrow", "select"]
+_REARRANGE = aten_names(
+    """
+    to _to_copy type_as clone contiguous detach alias view reshape _unsafe_view flatten unflatten squeeze
+    unsqueeze transpose t mT numpy_T permute expand expand_as broadcast_to slice narrow select
+    """
 )
-_AFFINE = frozenset(("aten::add", "aten::sub", "aten::rsub", "aten::mul", "aten::div", "aten::neg"))
+_AFFINE = aten_names("add sub rsub mul div neg")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ def parameter_view(program: Program, node: object) -> ParameterView | None:
         return ParameterView(source.name, node, source.shape, source.index, multiplier, offset, shared)
     try:
         index = MOVES[name](node, source.index, args)
-    except Blocked:
+    except BlockedError:
         return None
     if not isinstance(index, Tensor) or not _is_float(node):
         return None

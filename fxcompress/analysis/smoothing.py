@@ -6,12 +6,13 @@ A *smoothing group* is one producer whose output channels can be divided by s, a
     matrix          y = W₁x + b            rows of W₁ and entries of b divided by s
     every reader    z = W₂·f(y)            columns of W₂ multiplied by s
 
-where f is any chain of ops that commutes with a positive scale per channel: views, transposes, splits, gathers of
-tokens, ReLU, products with unscaled values (the gate of a gated unit), attention over the value (heads that share
-a value share its scale). The function is unchanged for every s > 0 (equivalent transformations F1 and F2 of
-SmoothQuant, arXiv:2211.10438, section 4, and of its successors).
+where f is any chain of ops that commutes with a positive scale per channel: views, transposes, splits,
+gathers of tokens, ReLU, products with unscaled values (the gate of a gated unit), attention over the value
+(heads that share a value share its scale). The function is unchanged for every s > 0 (equivalent
+transformations F1 and F2 of SmoothQuant, arXiv:2211.10438, section 4, and of its successors).
 
-A producer qualifies only as far as *every* reader of its channels is such a site; all else is refused with a reason.
+A producer qualifies only as far as *every* reader of its channels is such a site; all else is refused with a
+reason.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxcompress.analysis.channel_flow import Absorbed, Flow
+from fxcompress.analysis.channel_flow import ABSORBING, Absorbed, Flow
 from fxcompress.analysis.channel_labels import NO_CHANNEL
 from fxcompress.analysis.op_arguments import arguments, op_name
 from fxcompress.analysis.site_types import Site
@@ -113,7 +114,11 @@ class _Finder:
         flow = Flow(self.program, self.order, self.inside, self.sites, source.classes(), source.node)
         for bias in source.biases:
             if not flow.accompany(source.node, source.labels, bias):
-                flow.freeze(source.node, source.labels, f"{source.name}: what is added to it is no parameter of its own")
+                flow.freeze(
+                    source.node,
+                    source.labels,
+                    f"{source.name}: what is added to it is no parameter of its own",
+                )
         if not flow.classes.exhausted:
             flow.run(source.labels)
         _drop_shared(flow)
@@ -124,7 +129,9 @@ class _Finder:
 
     def _note(self, source: Source, flow: Flow) -> None:
         why = flow.classes.why(source.labels)
-        self.producer_reasons[source.node] = f"{source.name} → {why}" if why else f"{source.name}: no site reads it"
+        self.producer_reasons[source.node] = (
+            f"{source.name} → {why}" if why else f"{source.name}: no site reads it"
+        )
         for absorbed in flow.absorbed:
             found = flow.classes.why(absorbed.columns)
             if found:
@@ -132,6 +139,8 @@ class _Finder:
 
     def reason(self, site: Site) -> str:
         """Why a site is in no group: the nearest producer before it that was refused, and its reason."""
+        if site.kind not in ABSORBING:
+            return f"the input of a {site.kind.value} site cannot take a scale per channel"
         if site in self.site_reasons:
             return self.site_reasons[site]
         queue = [] if site.input is None else [site.input]
@@ -154,7 +163,7 @@ def _before(node: fx.Node) -> list[fx.Node]:
 
 
 def _drop_shared(flow: Flow) -> None:
-    """Freeze what arrives at parameters that are also used where nothing arrived; merge uses of one parameter."""
+    """Freeze what arrives at parameters that are used elsewhere, too; merge the uses of one parameter."""
     by_name: dict[str, list[Absorbed]] = {}
     for absorbed in flow.absorbed:
         by_name.setdefault(absorbed.site.name, []).append(absorbed)
@@ -163,7 +172,11 @@ def _drop_shared(flow: Flow) -> None:
         found = sum(_count_uses(holder, chains) for holder in flow.program.weight_node(name))
         if found != len(uses):
             for use in uses:
-                flow.freeze(use.site.node, use.columns, f"{name} is used at {found} places, not all of which it reaches")
+                flow.freeze(
+                    use.site.node,
+                    use.columns,
+                    f"{name} is used at {found} places, and not all of them read the scaled value",
+                )
             continue
         held = columns_in_parameter(uses[0].site.layout, uses[0].columns)
         for use in uses[1:]:
@@ -193,7 +206,8 @@ def _build(source: Source, flow: Flow) -> SmoothingGroup | None:
         return torch.where(labels >= 0, channel_of[labels.clamp_min(0)], NO_CHANNEL)
 
     producers = [
-        ScaledParameter(p.name, channels(p.labels), p.role, True, p.multiplier, p.offset) for p in source.parameters
+        ScaledParameter(p.name, channels(p.labels), p.role, True, p.multiplier, p.offset)
+        for p in source.parameters
     ]
     producers += [
         ScaledParameter(c.view.name, channels(c.labels), "bias", True, c.view.multiplier, c.view.offset)

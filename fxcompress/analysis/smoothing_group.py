@@ -51,17 +51,28 @@ class ScaledParameter:
         Raises:
             WeightError: an element leaves the range of its dtype.
         """
-        factor = self._factors(scale.to(device=value.device, dtype=torch.float64))
-        if self.offset == 0:
-            exact = value * factor  # float64: factor is
-        else:
-            used = self.multiplier * value.double() + self.offset
-            exact = torch.where(factor == 1, value.double(), (used * factor - self.offset) / self.multiplier)
+        exact = self._exact(value, scale)
         result = exact.to(value.dtype)
         lost = (result == 0) & (exact != 0)
         if bool(lost.any()) or not bool(torch.isfinite(result).all()):
             raise WeightError(f"{self.name}: a scaled element leaves the range of {value.dtype}.")
         return result
+
+    def rounded_channels(self, value: Tensor, scale: Tensor) -> Tensor:
+        """``[C]`` bool: channels with an element that the dtype of ``value`` cannot hold after scaling."""
+        exact = self._exact(value, scale)
+        lossy = exact.to(value.dtype).to(torch.float64) != exact
+        hit = torch.zeros(scale.numel() + 1, dtype=torch.bool)  # the last entry collects channel -1
+        hit[self.channels.expand(value.shape)[lossy.to("cpu")]] = True
+        return hit[:-1]
+
+    def _exact(self, value: Tensor, scale: Tensor) -> Tensor:
+        """The scaled value in float64."""
+        factor = self._factors(scale.to(device=value.device, dtype=torch.float64))
+        if self.offset == 0:
+            return value.detach() * factor  # the factor makes it float64
+        used = self.multiplier * value.detach().double() + self.offset
+        return torch.where(factor == 1, value.double(), (used * factor - self.offset) / self.multiplier)
 
     def _factors(self, scale: Tensor) -> Tensor:
         step = scale.reciprocal() if self.producer else scale
@@ -81,10 +92,17 @@ class Consumer:
     site: Site
     columns: Tensor
 
+    @property
+    def input_name(self) -> str:
+        """Name of the node that the site reads."""
+        if self.site.input is None:
+            raise WeightError(f"{self.site.name}: a site without an input cannot take a scale.")
+        return self.site.input.name
+
 
 @dataclass(frozen=True, eq=False)
 class SmoothingGroup:
-    """One producer and every reader of its channels. For any scale s > 0 the edits leave the function unchanged.
+    """One producer and every reader of its channels. For any scale s > 0 the edits keep the function.
 
     Args:
         kind: What produces the channels.
@@ -121,7 +139,9 @@ class SmoothingGroup:
         columns: dict[str, ScaledParameter] = {}
         for consumer in self.consumers:
             held = columns_in_parameter(consumer.site.layout, consumer.columns)
-            columns.setdefault(consumer.site.name, ScaledParameter(consumer.site.name, held, "columns", False))
+            columns.setdefault(
+                consumer.site.name, ScaledParameter(consumer.site.name, held, "columns", False)
+            )
         return (*self.producers, *columns.values())
 
     def edits(self, scale: Tensor, weight: Callable[[str], Tensor], reason: str = "") -> Iterator[SetTensor]:
@@ -133,28 +153,43 @@ class SmoothingGroup:
             reason: Goes into the report.
 
         Raises:
-            WeightError: the scale is not positive and finite, of another length, or an element leaves the range
-                of its dtype. Nothing is yielded then.
+            WeightError: the scale is not positive and finite, of another length, or an element leaves the
+                range of its dtype. Nothing is yielded then.
         """
         if tuple(scale.shape) != (self.channels,) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise WeightError(
                 f"{self.name}: expected {self.channels} positive finite scales, found {tuple(scale.shape)}"
                 f" with minimum {float(scale.min()) if scale.numel() else float('nan')}."
             )
-        values = [(parameter.name, parameter.rescaled(weight(parameter.name), scale)) for parameter in self.parameters]
+        values = [
+            (parameter.name, parameter.rescaled(weight(parameter.name), scale))
+            for parameter in self.parameters
+        ]
         for name, value in values:
             yield SetTensor(name, value, reason)
+
+    def without_rounding(self, scale: Tensor, weight: Callable[[str], Tensor]) -> Tensor:
+        """``scale`` with 1 wherever a changed parameter could not be stored exactly in its dtype.
+
+        A power of two only moves exponents, so it survives unless a value leaves the normal range, or unless
+        a gain is stored with an offset.
+        """
+        lossy = torch.zeros(self.channels, dtype=torch.bool)
+        for parameter in self.parameters:
+            lossy |= parameter.rounded_channels(weight(parameter.name), scale)
+        return torch.where(lossy, 1.0, scale)
 
     def input_absmax(self, absmax: Mapping[str, Tensor]) -> Tensor:
         """``[C]`` float64: largest magnitude of each channel at the sites' inputs.
 
         Args:
-            absmax: ``[K]`` per input, by ``site.input.name``.
+            absmax: ``[K]`` per input, by ``site.input.name``; sites whose input is missing do not count.
         """
         held = torch.zeros(self.channels, dtype=torch.float64)
         for consumer in self.consumers:
-            assert consumer.site.input is not None  # only sites with an input absorb
-            found = absmax[consumer.site.input.name].detach().to("cpu", torch.float64)
+            if consumer.input_name not in absmax:
+                continue
+            found = absmax[consumer.input_name].detach().to("cpu", torch.float64)
             _scatter_max(held, consumer.columns, found.expand(consumer.columns.shape))
         return held
 
@@ -180,7 +215,9 @@ def rows_in_parameter(layout: WeightLayout, rows: Tensor) -> Tensor:
     split = layout.batch_dims + layout.row_dims
     shape = layout.permuted_shape
     batch = shape[: layout.batch_dims] if rows.shape[0] > 1 else (1,) * layout.batch_dims
-    return _restore(layout, rows.reshape(*batch, *shape[layout.batch_dims : split], *(1,) * (len(shape) - split)))
+    return _restore(
+        layout, rows.reshape(*batch, *shape[layout.batch_dims : split], *(1,) * (len(shape) - split))
+    )
 
 
 def columns_in_parameter(layout: WeightLayout, columns: Tensor) -> Tensor:

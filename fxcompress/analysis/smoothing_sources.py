@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxcompress.analysis.channel_flow import ABSORBING, product_of
 from fxcompress.analysis.channel_labels import ChannelClasses, align
 from fxcompress.analysis.op_arguments import arguments, op_name, shape_of
 from fxcompress.analysis.parameter_views import ParameterView, parameter_view
@@ -68,9 +69,11 @@ def find_sources(
         if node not in inside or node.op != "call_function":
             continue
         if node in by_node:
-            if fold_linear and len(by_node[node]) == 1:
-                yield from _matrix(program, by_node[node][0])
-        elif op_name(node) == "aten::mul":
+            product = product_of(by_node[node])
+            if product is not None:
+                yield from _matrix(program, product) if fold_linear else ()
+                continue
+        if op_name(node) == "aten::mul":
             yield from _gain(program, node)
         elif op_name(node) in ("aten::layer_norm", "aten::rms_norm"):
             yield from _norm(program, node)
@@ -107,7 +110,7 @@ def _from_view(node: fx.Node, view: ParameterView, biases: tuple[object, ...]) -
 
 
 def _matrix(program: Program, site: Site) -> Iterator[Source]:
-    if site.kind not in (SiteKind.LINEAR, SiteKind.BATCHED, SiteKind.EXPERTS) or site.layout.row_dims != 1:
+    if site.kind not in ABSORBING or site.layout.row_dims != 1:
         return
     batches, outputs, _ = site.layout.matrix_shape
     rank = len(shape_of(site.node))

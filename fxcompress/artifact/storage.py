@@ -57,7 +57,7 @@ def dtype_name(dtype: torch.dtype, where: str) -> str:
 def tensor_sha256(tensor: Tensor) -> str:
     """Hex sha256 of the tensor's values in row-major order; independent of strides and device."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -111,7 +111,9 @@ class Context:
                 for (name, site), node in zip(missing.items(), nodes, strict=True):
                     found[name].update(as_tokens(site, values[node]))
             self._known.update({(name, gram): statistics for name, statistics in found.items()})
-        return {name: cast(Statistics, self._known.get((name, True)) or self._known[name, gram]) for name in first}
+        return {
+            name: cast(Statistics, self._known.get((name, True)) or self._known[name, gram]) for name in first
+        }
 
     def batches(self, site: Site) -> Iterator[Tensor]:
         """The raw input of one site, batch by batch.

@@ -19,7 +19,9 @@ LENGTH = 256
 _GREEDY = 4
 
 
-def generated_tokens(model: nn.Module, *, samples: int = SAMPLES, length: int = LENGTH, seed: int = 0) -> list[Tensor]:
+def generated_tokens(
+    model: nn.Module, *, samples: int = SAMPLES, length: int = LENGTH, seed: int = 0
+) -> list[Tensor]:
     """Sample token sequences from a causal language model.
 
     Args:
@@ -35,7 +37,9 @@ def generated_tokens(model: nn.Module, *, samples: int = SAMPLES, length: int = 
         CalibrationError: the model takes something else than token ids alone.
     """
     config: Any = model.config
-    if getattr(model, "main_input_name", "input_ids") != "input_ids" or getattr(config, "is_encoder_decoder", False):
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" or getattr(
+        config, "is_encoder_decoder", False
+    ):
         raise CalibrationError(
             f"{type(model).__name__} cannot make its own calibration text.", fix="pass calibration=..."
         )

@@ -124,7 +124,7 @@ def as_calibration(
             than the tokenizer's ``model_max_length``.
 
     Raises:
-        CalibrationError: no data, a file that cannot be read, text without a tokenizer, inputs of other names,
+        CalibrationError: no data, an unreadable file, text without a tokenizer, inputs of other names,
             kinds or shapes than captured, token ids outside of the vocabulary, NaN or inf.
 
     Example:

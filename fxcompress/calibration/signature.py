@@ -218,7 +218,8 @@ class CallSignature:
 def fixed_sizes(example: Tensor) -> list[int | None]:
     """Captured sizes of a tensor, None where the capture left them dynamic."""
     sizes: Sequence[Any] = example.shape
-    return [size if isinstance(size, int) else None for size in sizes]
+    # A dimension that began dynamic and was specialised stays a symbol, one that is known to be a number.
+    return [size if isinstance(size, int) else size.node.maybe_as_int() for size in sizes]
 
 
 def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:

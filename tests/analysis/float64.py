@@ -1,4 +1,4 @@
-"""Run a captured program in float64 throughout, so that equality can be asked to 1e-9 and not to float32's 1e-6."""
+"""Run a captured program in float64 throughout, so that equality can be asked to 1e-9, not to 1e-6."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def double_program(program: Program) -> Program:
     """A copy whose weights are float64 and whose graph never narrows to a smaller float."""
     graph = copy.deepcopy(program.graph_module.graph)
     module = fx.GraphModule(program.graph_module, graph)
+    renamed: dict[str, str] = {}  # a copied graph renames placeholders called like a builtin
     for old, node in zip(program.graph.nodes, module.graph.nodes, strict=True):
+        renamed[old.name] = node.name
         node.meta = dict(old.meta)
         node.args = _widen_arguments(node.args)
         node.kwargs = _widen_arguments(node.kwargs)
@@ -34,7 +36,13 @@ def double_program(program: Program) -> Program:
         setattr(module, name, _widen(buffer))
     module.recompile()
     weights = {name: _widen(tensor.detach()) for name, tensor in program.weights.items()}
-    return replace(program, graph_module=module, weights=weights)
+    return replace(
+        program,
+        graph_module=module,
+        weights=weights,
+        weight_of={renamed[holder]: name for holder, name in program.weight_of.items()},
+        inputs=tuple(renamed[name] for name in program.inputs),
+    )
 
 
 def _widen_arguments(arguments: Any) -> Any:
@@ -48,7 +56,9 @@ def double_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def outputs(program: Program, inputs: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+def outputs(
+    program: Program, inputs: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
     """Floating tensors a double program returns."""
     result = pytree.tree_leaves(program.run((), double_inputs(inputs), weights))
     with_values = [leaf for leaf in result if isinstance(leaf, Tensor) and leaf.is_floating_point()]

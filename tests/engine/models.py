@@ -86,7 +86,9 @@ def calibration(program: Program, batches: int = 3) -> CalibrationData:
     return as_calibration([{"input_ids": tokens(2, 5 + i, seed=i)} for i in range(batches)], program)
 
 
-def by_hand(function: Any, weights: dict[str, Tensor], inputs: dict[str, Tensor], mode: Any = "real") -> Program:
+def by_hand(
+    function: Any, weights: dict[str, Tensor], inputs: dict[str, Tensor], mode: Any = "real"
+) -> Program:
     """A program made by ``make_fx`` from ``function(*weights, *inputs)``."""
     module = make_fx(function, pre_dispatch=True, tracing_mode=mode)(*weights.values(), *inputs.values())
     nodes = [node.name for node in module.graph.nodes if node.op == "placeholder"]
@@ -119,7 +121,7 @@ class RoundEverything(Pass):
 
 @dataclass(frozen=True)
 class ShiftByMean(Pass):
-    """Moves weights by a random amount scaled by the mean input: depends on data, on order and on the generator."""
+    """Adds noise scaled by the mean input: depends on data, on the order and on the generator."""
 
     name: ClassVar[str] = "shift-by-mean"
     needs_calibration: ClassVar[bool] = True

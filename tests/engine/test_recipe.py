@@ -66,7 +66,13 @@ def test_every_source_gives_the_same_recipe(tmp_path: Path) -> None:
     expected = Recipe([Smooth(), Quantize(bits=4, exclude=("*.gate",))], "mine")
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    assert Recipe.from_yaml(text) == Recipe.load(path) == Recipe.load(str(path)) == Recipe.load(expected) == expected
+    assert (
+        Recipe.from_yaml(text)
+        == Recipe.load(path)
+        == Recipe.load(str(path))
+        == Recipe.load(expected)
+        == expected
+    )
     listed: list[Any] = ["my-smooth", {"my-quantize": {"bits": 4, "exclude": ["*.gate"]}}]
     assert Recipe.load(listed).passes == expected.passes
     assert Recipe.load([Smooth(), listed[1]]).passes == expected.passes
@@ -108,12 +114,14 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 def test_options_of_python_objects_are_checked_too() -> None:
     assert Recipe([Quantize(damping=1)]).passes  # an int serves as a float
     wrong: Any = "0.1"
-    with pytest.raises(RecipeError, match="'my-quantize', option 'damping': found '0.1'"):
+    with pytest.raises(RecipeError, match=r"'my-quantize', option 'damping': found '0.1'"):
         Recipe([Quantize(damping=wrong)])
 
 
 def test_order_is_checked_by_name() -> None:
-    with pytest.raises(RecipeError, match=r"'my-smooth' cannot run after 'my-quantize', .*'quantized-weights'"):
+    with pytest.raises(
+        RecipeError, match=r"'my-smooth' cannot run after 'my-quantize', .*'quantized-weights'"
+    ):
         Recipe.load(["my-quantize", "my-smooth"])
     with pytest.raises(RecipeError, match=r"'my-finish' requires 'quantized-weights'.*add a pass"):
         Recipe.load(["my-smooth", "my-finish"])

@@ -87,9 +87,11 @@ def test_broken_and_misnamed_providers(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_unknown_names_suggest_close_ones() -> None:
-    with pytest.raises(RecipeError, match="unknown pass 'quantise-weights'.*did you mean 'quantize-weights'"):
+    with pytest.raises(
+        RecipeError, match=r"unknown pass 'quantise-weights'.*did you mean 'quantize-weights'"
+    ):
         registry.pass_class("quantise-weights")
-    with pytest.raises(RecipeError, match="known: .*gptq"):
+    with pytest.raises(RecipeError, match=r"known: .*gptq"):
         registry.pass_class("zzzzzz")
     with pytest.raises(BackendError, match="unknown backend 'abacus'"):
         registry.backend_class("abacus")
@@ -110,7 +112,11 @@ def test_backend_of_another_distribution_is_found(tmp_path: Path, monkeypatch: p
         ({"name": "x"}, (Pass,), "not a dataclass"),
         ({"name": "Not Dashed", "dataclass": True}, (Pass,), "lower-case words"),
         ({"name": "fine", "dataclass": True}, (Pass,), r"solve\(\) is missing"),
-        ({"name": "fine", "dataclass": True, "requires": ("a",), "solve": lambda s, b: ()}, (Pass,), "requires is"),
+        (
+            {"name": "fine", "dataclass": True, "requires": ("a",), "solve": lambda s, b: ()},
+            (Pass,),
+            "requires is",
+        ),
         ({"name": "gptq", "dataclass": True, "solve": lambda s, b: ()}, (Pass,), "belongs to another pass"),
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Three siblings, an output layer, a gated pair, residual sums; 20 = two groups of 8 and a partial one."""
+    """Three siblings, an output layer, a gated pair, residual sums; 20 is no multiple of a group of 8."""
 
     def __init__(self, width: int = 20, hidden: int = 28) -> None:
         super().__init__()

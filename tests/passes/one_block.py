@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from fxcompress.edits import CompressionState, Edit, Refuse, SetWeight
 from fxcompress.pass_base import Pass, Statistics
 
 Inputs = tuple[Any, ...]
+
+
+_captured: dict[Hashable, Program] = {}
 
 
 class Recorder(fx.Interpreter):
@@ -102,9 +105,22 @@ class OneBlock:
 
 
 def block_of(model: nn.Module, *inputs: Inputs, only: Callable[[Site], bool] = lambda site: True) -> OneBlock:
-    """Capture ``model`` with the first of ``inputs`` and make a block of it that calibrates on all of them."""
-    torch.manual_seed(0)
-    return OneBlock(capture_model(model.eval(), inputs[0]), inputs, only)
+    """Capture ``model`` with the first of ``inputs``; the block calibrates on all of them.
+
+    Passes change nothing they are given, so equal models share one capture, whose weights are seeded here.
+    """
+    key = (
+        type(model),
+        tuple((name, value.dtype) for name, value in model.named_parameters()),
+        tuple(value.shape for value in inputs[0]),
+    )
+    if key not in _captured:
+        draw = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():  # equal whatever ran before
+            spread = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+            parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * spread)
+        _captured[key] = capture_model(model.eval(), inputs[0])
+    return OneBlock(_captured[key], inputs, only)
 
 
 def refusals(edits: Sequence[Edit]) -> dict[str, str]:
