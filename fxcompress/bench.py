@@ -11,16 +11,10 @@ use a dynamic cache, compiled ones a static cache. Models without a cache are on
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,9 +22,10 @@ from torch import Tensor, nn
 
 from fxcompress.errors import FxCompressError
 from fxcompress.evaluate import call_model, main_tensor, parameter_names
+from fxcompress.machine import machine
 from fxcompress.progress import ProgressEvent, ProgressOption, Reporter
 
-__all__ = ["BenchResult", "BenchSettings", "Variant", "VariantResult", "bench", "machine", "resident_bytes"]
+__all__ = ["BenchResult", "BenchSettings", "Variant", "VariantResult", "bench", "resident_bytes"]
 
 
 @dataclass(frozen=True)
@@ -180,25 +175,6 @@ def resident_bytes(model: Any) -> int:
         for tensor in (*module.parameters(), *module.buffers())
     }
     return sum(storages.values())
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads, versions and command line of this process."""
-    versions = {"python": platform.python_version()}
-    for name in ("fxcompress", "torch", "transformers"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "versions": versions,
-        "command": shlex.join(command),
-    }
 
 
 class _Run:
@@ -398,12 +374,3 @@ def _config(model: Any) -> Any:
 def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.machine()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -31,22 +28,25 @@ def fake_mode_of(values: list[Any]) -> FakeTensorMode | None:
 
 
 def trace_pre_dispatch(function: Any, fakes: list[Any], mode: FakeTensorMode | None) -> fx.GraphModule:
-    """Trace ``function`` to pre-dispatch ATen on fake values, inside the mode they belong to."""
-    traced = make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)
+    """Trace ``function`` to pre-dispatch ATen on fake values, inside the mode they belong to.
+
+    Graphs with ``vmap`` regions (scans of state-space models) lose track of values at that level, which shows
+    as fake tensors baked in as constants; they are traced below dispatch instead, where ``linear`` appears as
+    ``addmm`` or ``mm`` on a transposed weight.
+    """
+    traced = _trace(function, fakes, mode, pre_dispatch=True)
+    if any(isinstance(value, FakeTensor) for value in vars(traced).values()) or _has_fake_buffers(traced):
+        traced = _trace(function, fakes, mode, pre_dispatch=False)
+    return traced
+
+
+def _trace(function: Any, fakes: list[Any], mode: FakeTensorMode | None, *, pre_dispatch: bool) -> fx.GraphModule:
+    tracer = make_fx(function, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)
     if mode is None:
-        return traced(*fakes)
+        return tracer(*fakes)
     with mode:
-        return traced(*fakes)
+        return tracer(*fakes)
 
 
-@contextmanager
-def no_dynamo_cache_limit(limit: int) -> Iterator[None]:
-    """Raise Dynamo's per-function recompile limit within the block."""
-    config = torch._dynamo.config
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    old = getattr(config, name)
-    setattr(config, name, max(old, limit))
-    try:
-        yield
-    finally:
-        setattr(config, name, old)
+def _has_fake_buffers(module: fx.GraphModule) -> bool:
+    return any(isinstance(buffer, FakeTensor) for buffer in module.buffers())

@@ -66,7 +66,7 @@ def load_hf_model(
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         auto = _auto_class(transformers, config)
-        model = auto.from_pretrained(folder, dtype=dtype or "auto", **options)
+        model = auto.from_pretrained(folder, config=config, dtype=dtype or "auto", **options)
         tokenizer = _tokenizer(transformers, folder, options)
     except Exception as error:  # readers of damaged files raise anything
         raise FxCompressError(

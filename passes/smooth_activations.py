@@ -11,6 +11,7 @@ channel.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -171,12 +172,23 @@ def _analyze(block: BlockContext, fold_linear: bool) -> SmoothingAnalysis:
     program = block.program
     mine = {site.node for site in block.sites}
     others = [site for site in find_sites(program) if site.node not in mine]
-    inside: set[fx.Node] = set()
-    for part in find_blocks(program.graph):
-        if not mine.isdisjoint(part.nodes):
-            inside.update(part.nodes)
+    here = {node.name for node in mine}
+    names = frozenset().union(*(part for part in _block_names(program.graph) if not part.isdisjoint(here)))
+    inside = {node for node in program.graph.nodes if node.name in names}
     inside.difference_update(site.node for site in others)
     return find_smoothing_groups(program, [*block.sites, *others], inside, fold_linear=fold_linear)
+
+
+# By name: nodes would keep their graph alive, and with it the entry.
+_KNOWN_BLOCKS: weakref.WeakKeyDictionary[fx.Graph, tuple[frozenset[str], ...]] = weakref.WeakKeyDictionary()
+
+
+def _block_names(graph: fx.Graph) -> tuple[frozenset[str], ...]:
+    """Node names of every block; found once per graph, since every block of it asks."""
+    if graph not in _KNOWN_BLOCKS:
+        blocks = find_blocks(graph)
+        _KNOWN_BLOCKS[graph] = tuple(frozenset(node.name for node in block.nodes) for block in blocks)
+    return _KNOWN_BLOCKS[graph]
 
 
 def _overlap(one: SmoothingGroup, two: SmoothingGroup) -> bool:

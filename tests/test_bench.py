@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.bench import BenchSettings, Variant, bench, machine, resident_bytes
+from fxcompress.bench import BenchSettings, Variant, bench, resident_bytes
 from fxcompress.errors import FxCompressError
+from fxcompress.machine import machine
 from fxcompress.progress import ProgressEvent
 from tests.zoo import ZOO
 
