@@ -7,9 +7,9 @@ The model is SmolLM2-135M-Instruct, which comes as a package. Two recipes are ap
     w4a16-gptq    4-bit weights, rounded by GPTQ
     w8a8-smooth   8-bit weights and activations, outliers moved into the weights
 
-Both are calibrated on documentation that ships with Python and judged on text they have not seen: other documentation
-and news. Speed is measured beside the original in float32 and bfloat16, taking turns. Each version is then saved,
-loaded in a fresh process, and must generate the same tokens there.
+Both are calibrated on documentation that ships with Python and judged on text they have not seen: other
+documentation and news. Speed is measured beside the original in float32 and bfloat16, taking turns. Each
+version is then saved, loaded in a fresh process, and must generate the same tokens there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def compress_and_save(model: Any, tokenizer: Any, recipe: str, folder: Path) -> 
     small.save(folder)
     totals = small.report.totals
     console.print(
-        f"{recipe}: {totals['compressed']} of {totals['parameters']} parameters compressed in {seconds:.0f} s,"
+        f"{recipe}: {totals['compressed']} of {totals['parameters']} parameters in {seconds:.0f} s,"
         f" {totals['bytes_before'] / 1e6:.0f} MB → {totals['bytes_after'] / 1e6:.0f} MB"
     )
     return small, seconds
@@ -118,11 +118,13 @@ def results_table(
 ) -> Table:
     machine = result.machine
     table = Table(
-        title=f"SmolLM2-135M-Instruct, {machine['processor']}, {machine['threads']} threads, torch {torch.__version__}",
+        title="SmolLM2-135M-Instruct",
         caption=f"Perplexity: {WINDOWS} windows of 512 tokens. Decode: {SETTINGS.steps} greedy steps after"
-        f" {SETTINGS.prompt} tokens; prefill: {SETTINGS.prefill} tokens; medians of {SETTINGS.rounds} interleaved"
-        f" rounds, × is the ratio to fp32 eager in the same round. The packaged weights lie on a 4-bit grid of their"
-        f" own, so 4-bit recipes round an already rounded model. Whole run: {minutes:.1f} minutes.",
+        f" {SETTINGS.prompt} tokens; prefill: {SETTINGS.prefill} tokens; medians of {SETTINGS.rounds} rounds"
+        " in which the variants take turns; × is the ratio to fp32 eager in the same round. The packaged"
+        " weights lie on a 4-bit grid of their own: 4-bit recipes round an already rounded model."
+        f" {machine['processor']}, {machine['threads']} threads, torch {torch.__version__};"
+        f" the whole run took {minutes:.1f} minutes.",
         caption_justify="left",
     )
     table.add_column("variant")

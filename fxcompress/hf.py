@@ -174,12 +174,7 @@ def _fill(model: nn.Module, artifact: Artifact) -> None:
                 value = torch.full((), math.nan if dtype.is_floating_point else 0, dtype=dtype)
                 real[id(parameter)] = nn.Parameter(value.expand(parameter.shape), requires_grad=False)
             owner._parameters[key] = real[id(parameter)]
-    for name, buffer in model.named_buffers():
-        known = artifact.aliases.get(name, name)
-        if known in artifact.tensors and artifact.tensors[known].shape == buffer.shape:
-            buffer.data = artifact.tensors[known].clone()
-        elif name in artifact.computed:
-            buffer.data = buffer.data.to(artifact.computed[name])
+    artifact.restore_buffers(model)
 
 
 @contextmanager

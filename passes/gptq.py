@@ -54,7 +54,7 @@ class Gptq(SelectivePass):
             towards its diagonal, Schäfer & Strimmer, 2005, target D; its use here is our own). 0 is the
             paper's method, 1 is rounding to nearest. Default 0.5, by measurement: on a 135-million-parameter
             language model at 4 bits it lost less than 0 both on the kind of text it was calibrated on and on
-            another, where 0 lost more than rounding to nearest; 0.75 was nearly as good (docs/passes/gptq.md).
+            another, where 0 lost more than rounding to nearest; see docs/passes/gptq.md.
         act_order: Round columns in the order of their inputs' mean squares. Default True (reference code).
         static_groups: Choose scales before rounding, so that groups stay contiguous under ``act_order``.
             False refits each group when it is reached, as the paper does, and needs ``act_order=False``.

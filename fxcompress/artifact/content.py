@@ -126,6 +126,18 @@ class Artifact:
                 fix="pass a module built exactly as the compressed one was, in the same dtype.",
             )
 
+    def restore_buffers(self, module: nn.Module) -> None:
+        """Give the buffers of ``module`` their stored values, and those it computes itself their dtypes.
+
+        Changes ``module``; its parameters are left alone.
+        """
+        for name, buffer in module.named_buffers():
+            known = self.aliases.get(name, name)
+            if known in self.tensors and self.tensors[known].shape == buffer.shape:
+                buffer.data = self.tensors[known].to(buffer.device, copy=True)
+            elif name in self.computed:
+                buffer.data = buffer.data.to(self.computed[name])
+
 
 def stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, Literal["parameter", "buffer"]]]:
     """Every parameter and persistent buffer under every name it has, parameters first.

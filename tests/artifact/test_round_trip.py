@@ -196,6 +196,17 @@ def test_module_of_another_make_is_refused(tmp_path: Path) -> None:
         artifact.check_module(other)
 
 
+def test_buffers_are_restored(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    other = small(3).double()
+    other.steps = torch.tensor(9)
+    read_artifact(tmp_path / "out").restore_buffers(other)
+    assert other.steps == 3
+    assert other.cache.dtype == torch.float32
+    assert torch.equal(other.cache, torch.ones(4))
+    assert other.first.weight.dtype == torch.float64
+
+
 def test_edit_of_what_is_not_stored_is_refused() -> None:
     module = small()
     state = CompressionState(dict(module.named_parameters()) | dict(module.named_buffers()))
