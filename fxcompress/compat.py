@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
+from torch._dynamo import trace_rules
+from torch._dynamo.external_utils import wrap_inline
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -50,3 +53,15 @@ def _trace(function: Any, fakes: list[Any], mode: FakeTensorMode | None, *, pre_
 
 def _has_fake_buffers(module: fx.GraphModule) -> bool:
     return any(isinstance(buffer, FakeTensor) for buffer in module.buffers())
+
+
+def compile_in_place(module: nn.Module, backend: Any) -> None:
+    """``module.compile(backend=...)``, also for classes whose forward Dynamo never traces by itself.
+
+    Dynamo skips frames of torch's own modules (``nn.Sequential``); one frame of a plain function around the call
+    makes it look inside.
+    """
+    call = module._call_impl
+    if trace_rules.check(module.forward):
+        call = wrap_inline(call)
+    module._compiled_call_impl = torch.compile(call, backend=backend)

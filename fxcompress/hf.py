@@ -73,10 +73,17 @@ def load_hf_model(
             f"{path}: transformers cannot load it ({_first_line(error)}).",
             fix="check the folder, or convert the model to a class that transformers has.",
         ) from error
-    if gguf is not None and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # describes the file; these weights are dequantized
+    if gguf is not None:
+        _forget_quantization(model)
     loaded: PreTrainedModel = model.eval().to(device)
     return loaded, tokenizer
+
+
+def _forget_quantization(model: Any) -> None:
+    """Drop what describes the file, not these dequantized weights, and would keep the model from being saved."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if name in vars(owner):
+            delattr(owner, name)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.artifact import Artifact, read_artifact, save_artifact
+from fxcompress.compat import compile_in_place
 from fxcompress.edits import CompressionState
 from fxcompress.errors import FxCompressError
 from fxcompress.ghost import contains_ghosts, ghost_copy, ghost_tag
@@ -65,7 +66,7 @@ class CompressedModel:
         self.backend = backend
         self._compiler = backend_class(backend)(self._store)
         for module in entry_points(self.model):
-            module.compile(backend=self._compiler)
+            compile_in_place(module, self._compiler)
         refuse_state_dict(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

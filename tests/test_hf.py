@@ -152,12 +152,15 @@ def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @pytest.mark.real_model
-def test_gguf_file(smollm_dir: Path, smollm_file: str) -> None:
+def test_gguf_file(smollm_dir: Path, smollm_file: str, tmp_path: Path) -> None:
     model, tokenizer = load_hf_model(smollm_dir / smollm_file)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not hasattr(model.config, "quantization_config")
     assert tokenizer is not None
     assert identity_of(model).kind == "transformers"
+    model.save_pretrained(tmp_path)
+    again, _ = load_hf_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_smoke_models_have_an_identity() -> None:

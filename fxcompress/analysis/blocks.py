@@ -8,7 +8,9 @@ the next, and segments are kept only as far as they are exactly isomorphic, argu
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,10 +130,18 @@ def _describe(value: Any, symbols: dict[str, str]) -> Any:
 def _size(size: int | torch.SymInt, symbols: dict[str, str]) -> str:
     if not isinstance(size, torch.SymInt):
         return str(size)
-    expression = size.node.expr
-    for symbol in sorted(expression.free_symbols, key=str):
-        symbols.setdefault(str(symbol), f"d{len(symbols)}")
-    return str(expression.subs({symbol: symbols[str(symbol)] for symbol in expression.free_symbols}))
+    text, names = _printed(size.node.expr)
+    for name in names:
+        symbols.setdefault(name, f"d{len(symbols)}")
+    if text in symbols:
+        return symbols[text]
+    return re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match.group(), match.group()), text)
+
+
+@functools.lru_cache(maxsize=4096)
+def _printed(expression: Any) -> tuple[str, tuple[str, ...]]:
+    """An expression as text, and the names of its symbols; printing is what takes the time."""
+    return str(expression), tuple(sorted(str(symbol) for symbol in expression.free_symbols))
 
 
 def _signature(node: fx.Node) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import keyword
 import re
 import traceback
 from collections.abc import Mapping
@@ -166,14 +165,14 @@ def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _name_inputs(module: fx.GraphModule, inputs: list[str], names: list[str]) -> list[str]:
-    """Rename the input placeholders to the call's argument names, where those are free."""
-    taken = {node.name for node in module.graph.nodes}
+    """Rename the input placeholders to the call's argument names, made unique."""
+    namespace = module.graph._graph_namespace  # knows the names that fx reserves, such as builtins
     by_name = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
     renamed = []
     for old, new in zip(inputs, names, strict=True):
-        if new != old and new not in taken and new.isidentifier() and not keyword.iskeyword(new):
-            by_name[old].target = by_name[old].name = new
-            taken.add(new)
+        if new != old:
+            free = namespace.create_name(new, None)
+            by_name[old].target = by_name[old].name = free
         renamed.append(by_name[old].name)
     module.recompile()
     return renamed
