@@ -40,6 +40,8 @@ class GhostSource:
         for name, tensor in program.weights.items():
             tag = ghost_tag(tensor)
             if tag is None:
+                if name in self._store.state.forms:  # a dense parameter took the ghost's place
+                    names[name] = f"assigned:{name}"
                 continue
             names[name] = tag.name
             if isinstance(tag.owner, WeightStore) and tag.owner not in owners:

@@ -80,7 +80,7 @@ def load_hf_model(
 
 
 def _forget_quantization(model: Any) -> None:
-    """Drop what describes the file, not these dequantized weights, and would keep the model from being saved."""
+    """Drop what describes the file, not these dequantized weights, and would prevent saving them."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if name in vars(owner):
             delattr(owner, name)

@@ -17,7 +17,7 @@ from torch import fx
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.sites import find_sites, sites_by_parameter
 from fxcompress.capture.program import Program
-from fxcompress.errors import RecipeError
+from fxcompress.errors import FormatError, RecipeError
 from fxcompress.formats import IntFormat
 from fxcompress.pass_base import BlockContext, Pass
 
@@ -157,11 +157,27 @@ def _leads_only_out(
     return reached
 
 
-def fitting_format(fmt: IntFormat, columns: int) -> IntFormat:
-    """``fmt``, with one scale per row where a group would be longer than the row."""
+def fitting_format(fmt: IntFormat, columns: int) -> tuple[IntFormat, str]:
+    """``fmt``, or one scale per row (and a note saying so) where a group would be longer than the row."""
     if fmt.group_size <= columns:
-        return fmt
-    return IntFormat(bits=fmt.bits, symmetric=fmt.symmetric, group_size=0)
+        return fmt, ""
+    row = IntFormat(bits=fmt.bits, symmetric=fmt.symmetric, group_size=0)
+    return row, f" (group {fmt.group_size} is longer than its {columns} inputs)"
+
+
+def check_group_size(pass_name: str, program: Program, group_size: int) -> None:
+    """Refuse a group size that is larger than the number of inputs of every weight.
+
+    Raises:
+        FormatError: no weight has that many inputs.
+    """
+    columns = [site.layout.matrix_shape[2] for site in find_sites(program) if site.kind is not SiteKind.OTHER]
+    if columns and group_size > max(columns):
+        raise FormatError(
+            f"{pass_name}: group_size={group_size} is larger than the inputs of every weight (at most"
+            f" {max(columns)}).",
+            fix=f"use a group size up to {max(columns)}, or 0 for one scale per row.",
+        )
 
 
 def not_smaller(fmt: IntFormat, site: Site, dtype: torch.dtype) -> str | None:

@@ -30,6 +30,7 @@ from fxcompress.passes._selection import (
     SelectivePass,
     candidates,
     describe,
+    check_group_size,
     fitting_format,
     not_smaller,
 )
@@ -130,6 +131,8 @@ class Gptq(SelectivePass):
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetWeight` or a :class:`Refuse` for every weight of the block."""
         self.check_patterns(block.program)
+        if block.index == 0:
+            check_group_size(self.name, block.program, self.group_size)
         chosen = []
         for candidate in candidates(block):
             reason = self._unsuitable(block, candidate)
@@ -160,7 +163,7 @@ class Gptq(SelectivePass):
         reason = unsupported(candidate.primary)
         if reason is not None:
             return reason
-        fmt = fitting_format(self.format, candidate.primary.layout.matrix_shape[2])
+        fmt, _ = fitting_format(self.format, candidate.primary.layout.matrix_shape[2])
         return not_smaller(fmt, candidate.primary, block.weight(candidate.name).dtype)
 
     def _edit(self, block: BlockContext, candidate: Candidate, gram: Tensor | None) -> Edit:
@@ -168,7 +171,7 @@ class Gptq(SelectivePass):
         layout = site.layout
         matrix = layout.to_matrix(block.weight(name))  # [B, N, K]
         batch, rows, columns = layout.matrix_shape
-        fmt = fitting_format(self.format, columns)
+        fmt, note = fitting_format(self.format, columns)
         count = matrix_count(site)
         split = matrix.reshape(count, -1, columns)  # groups of a convolution become matrices
         step = max(1, _GRAM_NUMBERS // columns**2)
@@ -185,7 +188,7 @@ class Gptq(SelectivePass):
         zeros = [solution.zero for solution in solutions if solution.zero is not None]
         zero = torch.cat(zeros).reshape(batch, rows, -1) if zeros else None
         error, plain = _relative(solutions, "loss"), _relative(solutions, "rounding_loss")
-        reason = f"{describe(fmt)}, output error {error:.2%} (rounding to nearest {plain:.2%})"
+        reason = f"{describe(fmt)}{note}, output error {error:.2%} (rounding to nearest {plain:.2%})"
         used = max(solution.damping for solution in solutions)
         if used > self.damping:
             reason += f", damping raised to {used:g}"

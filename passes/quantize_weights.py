@@ -26,6 +26,7 @@ from fxcompress.passes._selection import (
     SelectivePass,
     candidates,
     describe,
+    check_group_size,
     fitting_format,
     not_smaller,
 )
@@ -101,6 +102,9 @@ class QuantizeWeights(SelectivePass):
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetWeight` or a :class:`Refuse` for every weight of the block."""
         self.check_patterns(block.program)
+        matrix = self.format_of(Role.MATRIX)
+        if block.index == 0 and matrix is not None:
+            check_group_size(self.name, block.program, matrix.group_size)
         for candidate in candidates(block):
             if self.only_remaining and block.state.is_compressed(candidate.name):
                 continue
@@ -118,10 +122,11 @@ class QuantizeWeights(SelectivePass):
             option = "embedding_bits" if candidate.role is Role.EMBEDDING else "head_bits"
             return Refuse(name, f"{candidate.role.value}, left alone by {option}=None")
         weight = block.weight(name)
-        fmt = fitting_format(fmt, site.layout.matrix_shape[2])
+        fmt, note = fitting_format(fmt, site.layout.matrix_shape[2])
         too_big = not_smaller(fmt, site, weight.dtype)
         if too_big is not None:
             return Refuse(name, too_big)
-        term = quantize_to_term(weight, site.layout, fmt, search=self.search)
+        # At 8 bits the full range is the best range: searching would cost most on the largest matrix for nothing.
+        term = quantize_to_term(weight, site.layout, fmt, search=self.search and fmt.bits < 8)
         role = "" if candidate.role is Role.MATRIX else f", {candidate.role.value}"
-        return SetWeight(name, (term,), reason=f"{describe(fmt)}{role}")
+        return SetWeight(name, (term,), reason=f"{describe(fmt)}{note}{role}")

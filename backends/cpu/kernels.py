@@ -29,6 +29,9 @@ from fxcompress.backends.cpu.layouts import (
 # kernels, whose time grows linearly with the rows (measured by tests/benchmarks/kernels.py).
 MANY_ROWS = 16
 
+# aten::_weight_int8pack_mm (torch 2.13) reads past the end of rows of any other length: wrong results or a crash.
+_INT8_PACK_STEP = 16
+
 
 @dataclass(frozen=True)
 class LinearSpec:
@@ -127,6 +130,8 @@ class Int8WeightOnly(Kernel):
         """See :meth:`Kernel.refuses`."""
         if not spec.per_row:
             return "the weight has several scales per row"
+        if spec.columns % _INT8_PACK_STEP:
+            return f"{spec.columns} inputs are no multiple of {_INT8_PACK_STEP}"
         return "more tokens than the decode kernel is good for" if spec.many_rows else None
 
     def run(self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec) -> Tensor:

@@ -72,8 +72,8 @@ class Int8Rows(Layout):
 class Int4Blocked(Layout):
     """ATen's int4 CPU layout: 64 rows interleaved per input, two codes per byte, bfloat16 scale and minimum.
 
-    Rows are padded to a multiple of 64 and inputs to a multiple of the group with weights of zero. Codes of
-    fewer bits keep their values. ``w = scale · (code − 8) + zeros``, ``zeros = scale · (8 − zero)``.
+    Rows are padded to a multiple of 64 and inputs to a multiple of the group. ``w = scale · (code − 8) + zeros``
+    with ``zeros = scale · (8 − zero)``: exactly zero for symmetric codes.
     ``packed: [ceil64(N), Kp/2]`` uint8, ``parameters: [Kp/group, ceil64(N), 2]`` bfloat16.
     """
 
@@ -81,8 +81,10 @@ class Int4Blocked(Layout):
 
     def pack(self, terms: Sequence[QuantizedWeight]) -> dict[str, Tensor]:
         """See :meth:`Layout.pack`."""
-        codes = torch.cat([codes_matrix(term) for term in terms])
+        center = 8 - (1 << (terms[0].bits - 1))  # narrower codes are shifted so that their middle is 8 as well
+        codes = torch.cat([codes_matrix(term) for term in terms]) + center
         scales, zeros = (torch.cat(parts) for parts in zip(*map(row_parameters, terms), strict=True))
+        zeros = zeros + center
         rows, columns = codes.shape
         group = kernel_group(terms[0])
         if terms[0].group_size != group:  # one scale per row or matrix: repeat it
