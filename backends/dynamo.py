@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -66,20 +66,27 @@ class CompressingBackend:
 
         def rebind(weights: dict[str, Tensor]) -> WeightStore:
             other = Program(
-                program.graph_module, program.weight_of, weights, program.parameters, program.aliases, program.inputs
+                program.graph_module,
+                program.weight_of,
+                weights,
+                program.parameters,
+                program.aliases,
+                program.inputs,
             )
             with torch.no_grad():
                 return self.source.store(other)
 
         return Executable(applied, store, rebind, regions)
 
-    def _plain(self, program: Program, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _plain(
+        self, program: Program, module: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
         """A graph without compressed weights: compiled as it is."""
         if self.inner == "eager":
             return module.forward
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(module, example_inputs)  # type: ignore[no-any-return]
+        return cast("Callable[..., Any]", compile_fx(module, example_inputs))
 
 
 class InductorBackend(CompressingBackend):
@@ -112,11 +119,15 @@ def compile_with_inductor(module: fx.GraphModule, fakes: Sequence[Any]) -> Calla
     """Compile a flat graph with Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, list(fakes))  # type: ignore[no-any-return]
+    return cast("Callable[..., Any]", compile_fx(module, list(fakes)))
 
 
 def fxcompress_backend(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
 ) -> Callable[..., Any]:
     """Entry point of ``torch.compile(model, backend="fxcompress")``.
 
@@ -124,7 +135,8 @@ def fxcompress_backend(
         module: Graph captured by Dynamo.
         example_inputs: Its inputs.
         options: ``recipe``: a data-free recipe (name, YAML path or Recipe; default ``"w8a16"``), or
-            ``artifact``: directory of a saved compression; ``inner``: ``"inductor"`` (default) or ``"eager"``.
+            ``artifact``: directory of a saved compression;
+            ``inner``: ``"inductor"`` (default) or ``"eager"``.
 
     Raises:
         BackendError: unknown option, or both ``recipe`` and ``artifact``.
@@ -132,7 +144,9 @@ def fxcompress_backend(
     options = dict(options or {})
     unknown = sorted(set(options) - _OPTIONS)
     if unknown:
-        raise BackendError(f"unknown option(s) {', '.join(unknown)}.", fix=f"use {', '.join(sorted(_OPTIONS))}.")
+        raise BackendError(
+            f"unknown option(s) {', '.join(unknown)}.", fix=f"use {', '.join(sorted(_OPTIONS))}."
+        )
     if "recipe" in options and "artifact" in options:
         raise BackendError("options 'recipe' and 'artifact' exclude each other.", fix="give one of them.")
     backend = CompressingBackend(source_from_options(options), options.get("inner", "inductor"))

@@ -75,14 +75,18 @@ class Executable:
         self._packed: list[tuple[Any, tuple[str, ...], str, int]] = []
         packed_slots: dict[tuple[str, tuple[str, ...], str], int] = {}
         self._attributes: list[tuple[int, Any]] = []
+        # Slot or constant of every output; None when the only step returns the outputs itself.
+        self._outputs: list[Any] | None = None
         n_slots = len(slots)
         if regions is None:
             inputs = [slots[node] for node in self._module.graph.nodes if node.op == "placeholder"]
             self._steps.append((self._module.forward, inputs, [-1]))
-            self._n_slots, self._outputs = n_slots, None
+            self._n_slots = n_slots
             return
         used_forms = {node for region in regions for node in region.values}
-        self._forms = [(ref, slot) for ref, slot in self._forms if any(slots.get(n) == slot for n in used_forms)]
+        self._forms = [
+            (ref, slot) for ref, slot in self._forms if any(slots.get(n) == slot for n in used_forms)
+        ]
         for node in self._module.graph.nodes:
             if node.op == "get_attr":
                 slots[node] = n_slots
@@ -106,14 +110,16 @@ class Executable:
         self._n_slots = n_slots
         output = self._module.graph.output_node().args[0]
         flat = output if isinstance(output, list | tuple) else [output]
-        self._outputs = [slots[node] if isinstance(node, fx.Node) else node for node in flat]  # type: ignore[misc]
+        self._outputs = [slots[node] if isinstance(node, fx.Node) else node for node in flat]
         self._constant_outputs = [not isinstance(node, fx.Node) for node in flat]
         self._last_use()
 
     def _last_use(self) -> None:
         """Which slots to release after each step, so that activations do not outlive their use."""
         assert self._outputs is not None
-        keep = {slot for slot, constant in zip(self._outputs, self._constant_outputs, strict=True) if not constant}
+        keep = {
+            slot for slot, constant in zip(self._outputs, self._constant_outputs, strict=True) if not constant
+        }
         produced = {slot for _, _, targets in self._steps for slot in targets}
         last: dict[int, int] = {}
         for index, (_, sources, targets) in enumerate(self._steps):
@@ -178,11 +184,14 @@ class Executable:
             packed = store.packed(layout, names)
             if tensor not in packed:
                 raise BindingError(
-                    f"{names[0]}: these parameters were compressed to another form than the compiled graph expects.",
+                    f"{names[0]}: these parameters were compressed to another form than"
+                    " the compiled graph expects.",
                     fix="compile the second model separately.",
                 )
             constants.append((slot, packed[tensor]))
-        return _Binding([weakref.ref(owner) for owner in owners], [version_of(owner) for owner in owners], constants)
+        return _Binding(
+            [weakref.ref(owner) for owner in owners], [version_of(owner) for owner in owners], constants
+        )
 
     def _weights(self, program: Program) -> dict[str, Tensor]:
         return dict(program.weights)

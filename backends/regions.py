@@ -87,7 +87,8 @@ class RegionCompiler:
         compiled = self.cache[key]
         _unify(compiled.symbols, symbols, mode)
         packed = tuple(
-            (item, tuple(self._name(inputs[position]) for position in item.positions)) for item in compiled.packed
+            (item, tuple(self._name(inputs[position]) for position in item.positions))
+            for item in compiled.packed
         )
         values = tuple(inputs[index] for index in compiled.kept)
         return Region(compiled.function, values, packed, block.outputs)
@@ -232,10 +233,17 @@ def _symbols(nodes: Sequence[fx.Node]) -> tuple[sympy.Symbol, ...]:
 
 
 def _plain_symbols(nodes: Sequence[fx.Node]) -> set[sympy.Symbol]:
-    return {expression for node in nodes for expression in _expressions(node) if isinstance(expression, sympy.Symbol)}
+    return {
+        expression
+        for node in nodes
+        for expression in _expressions(node)
+        if isinstance(expression, sympy.Symbol)
+    }
 
 
-def _unify(compiled: Sequence[sympy.Symbol], here: Sequence[sympy.Symbol], mode: FakeTensorMode | None) -> None:
+def _unify(
+    compiled: Sequence[sympy.Symbol], here: Sequence[sympy.Symbol], mode: FakeTensorMode | None
+) -> None:
     """A reused block assumes what the compiled one assumed: guard that corresponding sizes are equal."""
     if mode is None or mode.shape_env is None:
         return

@@ -1,4 +1,4 @@
-"""Where a Dynamo graph gets its compressed forms from: a compressed model, an artifact, or a data-free recipe."""
+"""Where a Dynamo graph gets its compressed forms: a compressed model, an artifact, or a data-free recipe."""
 
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ class RecipeSource:
                 fix="use fxcompress.compress(model, recipe, calibration), or a data-free recipe.",
             )
         self.recipe = recipe
-        self._stores: dict[tuple[tuple[str, int, int], ...], tuple[list[weakref.ref[Tensor]], WeightStore]] = {}
+        self._stores: dict[
+            tuple[tuple[str, int, int], ...], tuple[list[weakref.ref[Tensor]], WeightStore]
+        ] = {}
 
     def store(self, program: Program) -> WeightStore:
         """Compress the program's weights, or reuse what was made for the same tensors in another graph."""
@@ -149,7 +151,12 @@ class RecipeSource:
             return CompressionState(program.weights)
         weights = {name: tensor.detach() for name, tensor in program.weights.items()}
         detached = Program(
-            program.graph_module, program.weight_of, weights, program.parameters, program.aliases, program.inputs
+            program.graph_module,
+            program.weight_of,
+            weights,
+            program.parameters,
+            program.aliases,
+            program.inputs,
         )
         return run_recipe(detached, self.recipe, None, verify="off").state
 
@@ -177,7 +184,9 @@ def state_of_artifact(artifact: Artifact, weights: Mapping[str, Tensor]) -> Comp
     state = CompressionState(weights)
     state.forms = artifact.forms  # type: ignore[assignment]
     state.fused = list(artifact.fused)
-    state.tensors = {name: artifact.tensors[name] for name in artifact.parameters if artifact.parameters[name].edited}
+    state.tensors = {
+        name: artifact.tensors[name] for name in artifact.parameters if artifact.parameters[name].edited
+    }
     return state
 
 

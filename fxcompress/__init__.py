@@ -1,8 +1,8 @@
 """fxcompress: a graph-level model-compression compiler for PyTorch.
 
-    fast = torch.compile(model, backend="fxcompress")
-    small = fxcompress.compress(model, "w8a8-smooth", calibration="corpus.txt", tokenizer=tokenizer)
-    small.report.show(); small.save("out"); fxcompress.load("out").generate(**inputs)
+fast = torch.compile(model, backend="fxcompress")
+small = fxcompress.compress(model, "w8a8-smooth", calibration="corpus.txt", tokenizer=tokenizer)
+small.report.show(); small.save("out"); fxcompress.load("out").generate(**inputs)
 """
 
 from fxcompress.api import compress, load

@@ -41,15 +41,17 @@ def compress(
 
     Args:
         model: Any module that ``torch.export`` can capture; not modified.
-        recipe: A preset's name (:func:`fxcompress.recipes`), a YAML file, a Recipe, a pass or a list of passes.
-        calibration: Text file, list of strings (both need ``tokenizer``), tensors, dicts of inputs, an iterable
-            or DataLoader of these, or a callable that returns them. When a recipe needs data and none are given,
-            a model that can generate samples text from itself; for other models this is an error.
+        recipe: A preset's name (:func:`fxcompress.recipes`), a YAML file, a Recipe, a pass or a list of
+            passes.
+        calibration: Text file, list of strings (both need ``tokenizer``), tensors, dicts of inputs, an
+            iterable or DataLoader of these, or a callable that returns them. When a recipe needs data and
+            none are given, a model that can generate samples text from itself; for other models this is an
+            error.
         tokenizer: For calibration text; saved with the artifact.
         example_inputs: One call of the model: a tensor, a tuple of positional or a dict of keyword arguments.
             Default: made from the calibration data or, for transformers models, from their configuration.
-        verify: ``"each"``, ``"end"`` or ``"off"``: prove function-preserving passes in float64, measure errors
-            per pass, and the end-to-end difference.
+        verify: ``"each"``, ``"end"`` or ``"off"``: prove function-preserving passes in float64, measure
+            errors per pass, and the end-to-end difference.
         seed: Makes the run deterministic.
         progress: Show a progress bar.
         checkpoint: Directory where finished steps are kept; a killed run continues from there.
@@ -69,7 +71,9 @@ def compress(
         >>> small.report.show()
     """
     if isinstance(model, CompressedModel) or contains_ghosts(model):
-        raise RecipeError("the model is already compressed.", fix="compress the original with one longer recipe.")
+        raise RecipeError(
+            "the model is already compressed.", fix="compress the original with one longer recipe."
+        )
     chosen = Recipe.load(recipe)
     _check_devices(model)
     if calibration is None and chosen.needs_calibration and example_inputs is None:
@@ -128,7 +132,9 @@ def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "in
         model = empty_model(artifact)
     else:
         artifact.check_module(model)
-    return CompressedModel(model, artifact, backend=backend, tokenizer=load_tokenizer_if_any(path, artifact.identity.kind))
+    return CompressedModel(
+        model, artifact, backend=backend, tokenizer=load_tokenizer_if_any(path, artifact.identity.kind)
+    )
 
 
 def load_tokenizer_if_any(path: str | Path, kind: str) -> Any | None:
@@ -139,7 +145,7 @@ def load_tokenizer_if_any(path: str | Path, kind: str) -> Any | None:
 def default_call(model: nn.Module, example_inputs: Any | None) -> Any:
     """One call of the model as a mapping or tuple: the given example, or one made from its configuration."""
     args, kwargs = call_arguments(model, default_example(model) if example_inputs is None else example_inputs)
-    return kwargs if not args else args
+    return args if args else kwargs
 
 
 def _capture(model: nn.Module, calibration: Any | None, example_inputs: Any | None) -> Program:

@@ -3,7 +3,8 @@
     linear(x, W)  →  linear(dequantize(quantize(T_in(x))), dequantize_weight(codes, scale, zero))
 
 Any consumer works, since the dequantized weight has the parameter's own shape; backends fuse what they know.
-Sites of kind LINEAR are brought to one spelling, ``aten.linear`` with an ``[N, K]`` weight, whatever they were.
+Sites of kind LINEAR are brought to one spelling, ``aten.linear`` with an ``[N, K]`` weight, whatever they
+were.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class AppliedGraph:
     dequantized: dict[fx.Node, str] = field(default_factory=dict)
 
 
-def apply_state(program: Program, state: CompressionState, sites: Sequence[Site] | None = None) -> AppliedGraph:
+def apply_state(
+    program: Program, state: CompressionState, sites: Sequence[Site] | None = None
+) -> AppliedGraph:
     """Rewrite a copy of the program's graph so that it computes with the state's forms.
 
     Edited tensors (``state.tensors``) need no rewriting: they are values of unchanged placeholders.
@@ -76,7 +79,9 @@ def apply_state(program: Program, state: CompressionState, sites: Sequence[Site]
 
 
 class _Rewriter:
-    def __init__(self, applied: AppliedGraph, state: CompressionState, node_map: dict[fx.Node, fx.Node]) -> None:
+    def __init__(
+        self, applied: AppliedGraph, state: CompressionState, node_map: dict[fx.Node, fx.Node]
+    ) -> None:
         self.applied = applied
         self.graph = applied.module.graph
         self.state = state
@@ -92,13 +97,19 @@ class _Rewriter:
         if site.takes_activation:
             self._input(site, node, form)
         if form.terms:
-            if site.kind is SiteKind.EMBEDDING and isinstance(form.terms[0], QuantizedWeight) and len(form.terms) == 1:
+            if (
+                site.kind is SiteKind.EMBEDDING
+                and isinstance(form.terms[0], QuantizedWeight)
+                and len(form.terms) == 1
+            ):
                 self._embedding(site, node, form.terms[0])
             elif site.kind is SiteKind.LINEAR:
                 self._linear(site, node, form)
             # every other use reads the dequantized parameter: see finish()
         if form.transform_out or form.bias is not None:
-            raise BackendError(f"{site.name}: output transforms and new biases are not representable in this version.")
+            raise BackendError(
+                f"{site.name}: output transforms and new biases are not representable in this version."
+            )
 
     def finish(self, program: Program) -> None:
         """Give remaining uses of a compressed parameter its dequantized value; drop unread weights."""
@@ -142,7 +153,9 @@ class _Rewriter:
                 weight = self.graph.call_function(aten.t.default, (weight,))
         x = node.args[1] if node.target is aten.addmm.default else node.args[0]
         with self.graph.inserting_before(node):
-            new = self.graph.call_function(aten.linear.default, (x, weight, *(() if bias is None else (bias,))))
+            new = self.graph.call_function(
+                aten.linear.default, (x, weight, *(() if bias is None else (bias,)))
+            )
         self._replace(node, new)
 
     def _replace(self, node: fx.Node, new: fx.Node) -> None:
@@ -160,7 +173,9 @@ class _Rewriter:
         new = x
         for transform in form.transform_in:
             if not isinstance(transform, Scale):
-                raise BackendError(f"{site.name}: {transform.kind} transforms are not representable in this version.")
+                raise BackendError(
+                    f"{site.name}: {transform.kind} transforms are not representable in this version."
+                )
             index = form.transform_in.index(transform)
             factor = self._form_input(TensorRef(site.name, f"transform_in.{index}.factor"))
             new = self._shared(("scale", x, site.name, index), node, aten.mul.Tensor, (new, factor))
@@ -184,16 +199,24 @@ class _Rewriter:
             pair = self._shared(key, node, ops.quantize_per_token.default, (x, quantizer.bits))
             q = self._shared((*key, 0), node, operator.getitem, (pair, 0))
             scale = self._shared((*key, 1), node, operator.getitem, (pair, 1))
-            return self._shared((*key, "dq"), node, ops.dequantize_activation.default, (q, scale, None, dtype))
+            return self._shared(
+                (*key, "dq"), node, ops.dequantize_activation.default, (q, scale, None, dtype)
+            )
         if isinstance(quantizer, StaticPerTensor):
-            key = ("static", x, quantizer.bits, float(quantizer.scale), int(quantizer.zero))
+            static = ("static", x, quantizer.bits, float(quantizer.scale), int(quantizer.zero))
             scale = self._form_input(TensorRef(site.name, "activation.scale"))
             zero = self._form_input(TensorRef(site.name, "activation.zero"))
-            q = self._shared(key, node, ops.quantize_per_tensor.default, (x, scale, zero, quantizer.bits))
-            return self._shared((*key, "dq"), node, ops.dequantize_activation.default, (q, scale, zero, dtype))
-        raise BackendError(f"{site.name}: activation quantizer {quantizer.kind!r} has no graph representation.")
+            q = self._shared(static, node, ops.quantize_per_tensor.default, (x, scale, zero, quantizer.bits))
+            return self._shared(
+                (*static, "dq"), node, ops.dequantize_activation.default, (q, scale, zero, dtype)
+            )
+        raise BackendError(
+            f"{site.name}: activation quantizer {quantizer.kind!r} has no graph representation."
+        )
 
-    def _shared(self, key: tuple[object, ...], before: fx.Node, target: object, args: tuple[object, ...]) -> fx.Node:
+    def _shared(
+        self, key: tuple[object, ...], before: fx.Node, target: object, args: tuple[object, ...]
+    ) -> fx.Node:
         """Create a node once per key; sites with the same input share their quantizer."""
         if key not in self.activations:
             with self.graph.inserting_before(before):
@@ -201,7 +224,7 @@ class _Rewriter:
         return self.activations[key]
 
     def _dense(self, name: str, terms: Sequence[WeightTerm], dtype: torch.dtype, before: fx.Node) -> fx.Node:
-        """The dequantized weight, computed right before its use so that it does not live longer than needed."""
+        """The dequantized weight, computed right before its use so that it lives no longer than needed."""
         total: fx.Node | None = None
         for index, term in enumerate(terms):
             if not isinstance(term, QuantizedWeight):
@@ -218,7 +241,9 @@ class _Rewriter:
             raise BackendError(f"{name}: the form has no weight terms.")
         return total
 
-    def _term_inputs(self, name: str, index: int, term: QuantizedWeight) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    def _term_inputs(
+        self, name: str, index: int, term: QuantizedWeight
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         codes = self._form_input(TensorRef(name, f"terms.{index}.codes"))
         scale = self._form_input(TensorRef(name, f"terms.{index}.scale"))
         zero = self._form_input(TensorRef(name, f"terms.{index}.zero")) if term.zero is not None else None
@@ -234,7 +259,8 @@ class _Rewriter:
         return self.form_nodes[ref]
 
     def _first_node(self) -> fx.Node:
-        return next(iter(self.graph.nodes))
+        first: fx.Node = next(iter(self.graph.nodes))
+        return first
 
 
 _REMOVABLE = {
@@ -248,10 +274,6 @@ _REMOVABLE = {
     aten.to.device,
     aten.alias.default,
 }
-
-
-
-
 
 
 def form_tensor(state: CompressionState, ref: TensorRef) -> torch.Tensor:

@@ -43,7 +43,9 @@ def trace_pre_dispatch(function: Any, fakes: list[Any], mode: FakeTensorMode | N
     return traced
 
 
-def _trace(function: Any, fakes: list[Any], mode: FakeTensorMode | None, *, pre_dispatch: bool) -> fx.GraphModule:
+def _trace(
+    function: Any, fakes: list[Any], mode: FakeTensorMode | None, *, pre_dispatch: bool
+) -> fx.GraphModule:
     tracer = make_fx(function, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)
     if mode is None:
         return tracer(*fakes)
@@ -58,8 +60,8 @@ def _has_fake_buffers(module: fx.GraphModule) -> bool:
 def compile_in_place(module: nn.Module, backend: Any) -> None:
     """``module.compile(backend=...)``, also for classes whose forward Dynamo never traces by itself.
 
-    Dynamo skips frames of torch's own modules (``nn.Sequential``); one frame of a plain function around the call
-    makes it look inside.
+    Dynamo skips frames of torch's own modules (``nn.Sequential``); one frame of a plain function around the
+    call makes it look inside.
     """
     call = module._call_impl
     if trace_rules.check(module.forward):

@@ -1,4 +1,4 @@
-"""Edits: the serialisable changes a pass yields, each keyed by a parameter's qualified name, and their sum."""
+"""Edits: the serialisable changes a pass yields, each keyed by a parameter's full name, and their sum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from fxcompress.forms import ActivationQuantizer, SiteForm, Transform, WeightTer
 
 @dataclass(frozen=True, eq=False)
 class SetTensor:
-    """Replace parameter ``name`` by ``value`` (same shape and dtype): folded norm gains, scaled weights, biases."""
+    """Replace parameter ``name`` by ``value`` (same shape and dtype).
+
+    For folded norm gains, scaled weights and biases.
+    """
 
     name: str
     value: Tensor
@@ -25,7 +28,10 @@ class SetTensor:
 
 @dataclass(frozen=True, eq=False)
 class SetWeight:
-    """Replace the dense weight of ``name`` by ``terms``; ``error`` is the solver's relative output error if known."""
+    """Replace the dense weight of ``name`` by ``terms``.
+
+    ``error`` is the solver's relative output error if known.
+    """
 
     name: str
     terms: tuple[WeightTerm, ...]
@@ -68,7 +74,10 @@ class FuseSites:
 
 @dataclass(frozen=True, eq=False)
 class Refuse:
-    """The pass looked at ``name`` and left it alone, because of ``reason``. Changes nothing; feeds the coverage."""
+    """The pass looked at ``name`` and left it alone, because of ``reason``.
+
+    Changes nothing; feeds the coverage.
+    """
 
     name: str
     reason: str

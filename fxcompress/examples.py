@@ -63,7 +63,9 @@ def default_example(model: nn.Module) -> dict[str, Tensor]:
         size = vision.image_size
         height, width = (size, size) if isinstance(size, int) else size
         generator = torch.Generator().manual_seed(0)
-        example = {"pixel_values": torch.randn(2, int(vision.num_channels), height, width, generator=generator)}
+        example = {
+            "pixel_values": torch.randn(2, int(vision.num_channels), height, width, generator=generator)
+        }
     else:
         raise CaptureError(f"no default example for the input {name!r}.", fix="pass example_inputs=...")
     return example

@@ -49,7 +49,9 @@ def contains_ghosts(module: nn.Module) -> bool:
     return any(ghost_tag(parameter) is not None for parameter in module.parameters())
 
 
-def ghost_copy(module: nn.Module, replacements: Mapping[str, Tensor], ghosts: set[str], owner: object) -> nn.Module:
+def ghost_copy(
+    module: nn.Module, replacements: Mapping[str, Tensor], ghosts: set[str], owner: object
+) -> nn.Module:
     """Copy a module without copying its weights.
 
     Args:

@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ from fxcompress.store import WeightStore
 class CompressedModel:
     """A compressed model; called like the original.
 
-    The module's own Python keeps running (generation loops, caches, sampling); every graph that PyTorch captures
-    from it is rewritten with the artifact's forms. Compressed parameters of :attr:`model` are *ghosts*: NaN, no
-    memory. Made by :func:`fxcompress.compress` and :func:`fxcompress.load`.
+    The module's own Python keeps running (generation loops, caches, sampling); every graph that PyTorch
+    captures from it is rewritten with the artifact's forms. Compressed parameters of :attr:`model` are
+    *ghosts*: NaN, no memory. Made by :func:`fxcompress.compress` and :func:`fxcompress.load`.
 
     Attributes:
         model: The module, ready to be called (it is compiled in place).
@@ -37,7 +37,12 @@ class CompressedModel:
     """
 
     def __init__(
-        self, module: nn.Module, artifact: Artifact, *, backend: str = "inductor", tokenizer: Any | None = None
+        self,
+        module: nn.Module,
+        artifact: Artifact,
+        *,
+        backend: str = "inductor",
+        tokenizer: Any | None = None,
     ) -> None:
         weights: dict[str, Tensor] = {}
         state = CompressionState(weights)
@@ -55,7 +60,7 @@ class CompressedModel:
         self._folder: str | None = None
         self.set_backend(backend)
         if hasattr(self.model, "generate"):
-            self.generate: Callable[..., Any] = self.model.generate
+            self.generate = cast("Callable[..., Any]", self.model.generate)
 
     def set_backend(self, backend: str) -> None:
         """Run on another backend: ``"inductor"`` (default) or ``"eager"`` (the reference).
@@ -105,10 +110,10 @@ class CompressedModel:
 
 
 def entry_points(model: nn.Module) -> list[nn.Module]:
-    """Modules that Python code may call by themselves: the model, and submodules that are models of their own.
+    """Modules that Python code may call by themselves: the model, and submodules that are models too.
 
-    An encoder–decoder's ``generate`` calls the encoder directly; such submodules carry a configuration and name
-    their main input, as the whole model does.
+    An encoder–decoder's ``generate`` calls the encoder directly; such submodules carry a configuration and
+    name their main input, as the whole model does.
     """
     found = [model]
     for submodule in model.modules():
@@ -131,10 +136,10 @@ def refuse_state_dict(model: nn.Module) -> None:
                 )
 
     for submodule in model.modules():
-        if any(ghost_tag(parameter) is not None for parameter in submodule._parameters.values()):
-            if not getattr(submodule, "_fxcompress_guarded", False):
-                submodule.register_load_state_dict_pre_hook(hook)
-                submodule._fxcompress_guarded = True  # type: ignore[assignment]
+        has_ghosts = any(ghost_tag(parameter) is not None for parameter in submodule._parameters.values())
+        if has_ghosts and not getattr(submodule, "_fxcompress_guarded", False):
+            submodule.register_load_state_dict_pre_hook(hook)
+            submodule._fxcompress_guarded = True  # type: ignore[assignment]
 
 
 def temporary_artifact(artifact: Artifact, tokenizer: Any | None) -> tuple[Artifact, str]:

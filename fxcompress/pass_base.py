@@ -16,7 +16,7 @@ from fxcompress.edits import CompressionState, Edit
 
 
 class Statistics(Protocol):
-    """Streaming statistics of one activation tensor ``x`` read as ``[T, K]`` (all leading dims are tokens)."""
+    """Streaming statistics of one activation tensor ``x`` read as ``[T, K]`` (leading dims are tokens)."""
 
     count: int  # T so far
     minimum: Tensor  # [K]
@@ -47,10 +47,11 @@ class BlockContext(Protocol):
         ...
 
     def statistics(self, sites: Sequence[Site], *, gram: bool = False) -> dict[str, Statistics]:
-        """Statistics of the inputs of ``sites``, keyed by ``site.input.name``; sites sharing an input share them.
+        """Statistics of the inputs of ``sites``, keyed by ``site.input.name``.
 
-        Runs the calibration batches through the block with all edits applied so far (including those of
-        earlier blocks, and activation quantizers), so inputs are what the compressed model will see.
+        Sites sharing an input share its statistics. Runs the calibration batches through the block with all
+        edits applied so far (including those of earlier blocks, and activation quantizers), so inputs are
+        what the compressed model will see.
         """
         ...
 

@@ -16,7 +16,10 @@ from fxcompress.forms import QuantizedWeight
 class WeightLayouter(Protocol):
     """A backend's memory layout (see ``fxcompress.backends.cpu.layouts``)."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Unique name; part of the key that packed tensors are kept under."""
+        ...
 
     def pack(self, terms: Sequence[QuantizedWeight]) -> dict[str, Tensor]:
         """Lay out the terms."""
@@ -60,4 +63,6 @@ class WeightStore:
 
     def resident_tensors(self) -> list[Tensor]:
         """Every tensor the store keeps in memory."""
-        return [tensor for packed in self._packed.values() for tensor in packed.values()] + list(self._raw.values())
+        return [tensor for packed in self._packed.values() for tensor in packed.values()] + list(
+            self._raw.values()
+        )

@@ -29,8 +29,8 @@ from fxcompress.passes._selection import (
     Role,
     SelectivePass,
     candidates,
-    describe,
     check_group_size,
+    describe,
     fitting_format,
     not_smaller,
 )

@@ -25,8 +25,8 @@ from fxcompress.passes._selection import (
     Role,
     SelectivePass,
     candidates,
-    describe,
     check_group_size,
+    describe,
     fitting_format,
     not_smaller,
 )
@@ -126,7 +126,8 @@ class QuantizeWeights(SelectivePass):
         too_big = not_smaller(fmt, site, weight.dtype)
         if too_big is not None:
             return Refuse(name, too_big)
-        # At 8 bits the full range is the best range: searching would cost most on the largest matrix for nothing.
+        # At 8 bits the full range is the best range: searching would cost most on the largest matrix for
+        # nothing.
         term = quantize_to_term(weight, site.layout, fmt, search=self.search and fmt.bits < 8)
         role = "" if candidate.role is Role.MATRIX else f", {candidate.role.value}"
         return SetWeight(name, (term,), reason=f"{describe(fmt)}{note}{role}")

@@ -25,11 +25,12 @@ from fxcompress.backends.cpu.layouts import (
     unpack_int4_blocked,
 )
 
-# From this many rows on, unpacking the weight to bfloat16 and multiplying with oneDNN beats ATen's weight-only
-# kernels, whose time grows linearly with the rows (measured by tests/benchmarks/kernels.py).
+# From this many rows on, unpacking the weight to bfloat16 and multiplying with oneDNN beats ATen's
+# weight-only kernels, whose time grows linearly with the rows (measured by tests/benchmarks/kernels.py).
 MANY_ROWS = 16
 
-# aten::_weight_int8pack_mm (torch 2.13) reads past the end of rows of any other length: wrong results or a crash.
+# aten::_weight_int8pack_mm (torch 2.13) reads past the end of rows of any other length: wrong results or a
+# crash.
 _INT8_PACK_STEP = 16
 
 
@@ -86,8 +87,10 @@ class Kernel(abc.ABC):
         """Why the kernel cannot serve ``spec``, or None when it can."""
 
     @abc.abstractmethod
-    def run(self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec) -> Tensor:
-        """``[..., rows]`` without bias, in ``spec.dtype``. ``x: [..., K]`` is the (fake-quantized) activation."""
+    def run(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
+        """``[..., rows]`` without bias, in ``spec.dtype``; ``x: [..., K]`` is the (fake-quantized) input."""
 
 
 class Int8Int8(Kernel):
@@ -102,7 +105,9 @@ class Int8Int8(Kernel):
             return "activations are not quantized"
         return None if spec.per_row else "the weight has several scales per row"
 
-    def run(self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec) -> Tensor:
+    def run(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
         """See :meth:`Kernel.run`."""
         assert quantized is not None
         codes = quantized.codes.reshape(-1, spec.columns)
@@ -134,11 +139,15 @@ class Int8WeightOnly(Kernel):
             return f"{spec.columns} inputs are no multiple of {_INT8_PACK_STEP}"
         return "more tokens than the decode kernel is good for" if spec.many_rows else None
 
-    def run(self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec) -> Tensor:
+    def run(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
         """See :meth:`Kernel.run`."""
         flat = x.reshape(-1, spec.columns)
         # Scales are applied outside in float32: the kernel would round them to bfloat16.
-        product = torch.ops.aten._weight_int8pack_mm(flat.to(torch.bfloat16), packed["values"], packed["ones"])
+        product = torch.ops.aten._weight_int8pack_mm(
+            flat.to(torch.bfloat16), packed["values"], packed["ones"]
+        )
         return _scale_rows(product, flat, packed, spec).reshape(*x.shape[:-1], spec.rows)
 
 
@@ -152,7 +161,9 @@ class Int8Unpacked(Kernel):
         """See :meth:`Kernel.refuses`."""
         return None if spec.per_row else "the weight has several scales per row"
 
-    def run(self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec) -> Tensor:
+    def run(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
         """See :meth:`Kernel.run`."""
         flat = x.reshape(-1, spec.columns)
         product = F.linear(flat.to(torch.bfloat16), packed["values"].to(torch.bfloat16))
@@ -176,23 +187,29 @@ class Int4WeightOnly(Kernel):
     def _declines(self, spec: LinearSpec) -> bool:
         return spec.many_rows and _int4_unpackable()
 
-    def run(self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec) -> Tensor:
+    def run(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
         """See :meth:`Kernel.run`."""
         group, columns = _int4_geometry(spec)
         flat = F.pad(x.reshape(-1, spec.columns), (0, columns - spec.columns)).to(torch.bfloat16)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed["packed"], group, packed["parameters"])
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            flat, packed["packed"], group, packed["parameters"]
+        )
         return y[:, : spec.rows].reshape(*x.shape[:-1], spec.rows).to(spec.dtype)
 
 
 class Int4Unpacked(Int4WeightOnly):
-    """16/32-bit activations × 4-bit groups, many tokens: unpacked to bfloat16 in the graph, oneDNN product."""
+    """16/32-bit activations × 4-bit groups, many tokens: unpacked to bfloat16 in the graph, then oneDNN."""
 
     name = "int4 → bfloat16, oneDNN"
 
     def _declines(self, spec: LinearSpec) -> bool:
         return not _int4_unpackable()
 
-    def run(self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec) -> Tensor:
+    def run(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
         """See :meth:`Kernel.run`."""
         group, columns = _int4_geometry(spec)
         rows = packed["packed"].shape[0]

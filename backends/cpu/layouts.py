@@ -72,8 +72,8 @@ class Int8Rows(Layout):
 class Int4Blocked(Layout):
     """ATen's int4 CPU layout: 64 rows interleaved per input, two codes per byte, bfloat16 scale and minimum.
 
-    Rows are padded to a multiple of 64 and inputs to a multiple of the group. ``w = scale · (code − 8) + zeros``
-    with ``zeros = scale · (8 − zero)``: exactly zero for symmetric codes.
+    Rows are padded to a multiple of 64 and inputs to a multiple of the group.
+    ``w = scale · (code − 8) + zeros`` with ``zeros = scale · (8 − zero)``: exactly zero for symmetric codes.
     ``packed: [ceil64(N), Kp/2]`` uint8, ``parameters: [Kp/group, ceil64(N), 2]`` bfloat16.
     """
 
@@ -81,7 +81,9 @@ class Int4Blocked(Layout):
 
     def pack(self, terms: Sequence[QuantizedWeight]) -> dict[str, Tensor]:
         """See :meth:`Layout.pack`."""
-        center = 8 - (1 << (terms[0].bits - 1))  # narrower codes are shifted so that their middle is 8 as well
+        center = 8 - (
+            1 << (terms[0].bits - 1)
+        )  # narrower codes are shifted so that their middle is 8 as well
         codes = torch.cat([codes_matrix(term) for term in terms]) + center
         scales, zeros = (torch.cat(parts) for parts in zip(*map(row_parameters, terms), strict=True))
         zeros = zeros + center
@@ -107,7 +109,7 @@ def kernel_group(term: QuantizedWeight) -> int:
 
 
 def unpack_int4_blocked(packed: Tensor, rows: int) -> Tensor:
-    """Codes ``[rows, Kp]`` uint8 from :class:`Int4Blocked`'s ``packed`` (rows a multiple of 64), traceable."""
+    """Codes ``[rows, Kp]`` uint8 from :class:`Int4Blocked`'s ``packed`` (rows: multiple of 64), traceable."""
     columns = packed.shape[1] * 2
     blocks = packed.view(rows // _ROW_BLOCK, columns, _ROW_BLOCK // 2)
     both = torch.stack([blocks & 15, blocks >> 4], dim=1)  # [rows/64, 2, Kp, 32]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,10 @@ class Plan:
 
 
 def make_plan(
-    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], siblings: Sequence[Sequence[fx.Node]], names: Mapping[fx.Node, str]
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    siblings: Sequence[Sequence[fx.Node]],
+    names: Mapping[fx.Node, str],
 ) -> Plan:
     """Choose a kernel for every quantized linear of a block.
 
@@ -83,20 +86,22 @@ def make_plan(
             wanted.setdefault(leader.get(node, node), []).append(node)
     for first, group in wanted.items():
         spec = _group_spec(group)
-        kernel, reason = choose_kernel(spec) if spec is not None else (None, "more than one matrix per weight")
+        kernel, reason = (
+            choose_kernel(spec) if spec is not None else (None, "more than one matrix per weight")
+        )
         for node in group:
             plan.choices[node] = reason
             if kernel is None:
                 weight = weight_of_linear(node)
-                logger.info("%s: dequantized at run time (%s)", names.get(weight, "?") if weight else "?", reason)
+                logger.info(
+                    "%s: dequantized at run time (%s)", names.get(weight, "?") if weight else "?", reason
+                )
         if kernel is None or spec is None:
             continue
         plan.kernels[first], plan.specs[first], plan.groups[first] = kernel, spec, tuple(group)
         for index, node in enumerate(group):
-            weight = weight_of_linear(node)
-            assert weight is not None
             plan.members[node] = (first, index)
-            plan.codes[node] = position[weight.args[0]]  # type: ignore[index]
+            plan.codes[node] = position[_dequantize_of(node).codes]
     _plan_embeddings(plan, nodes, position)
     return plan
 
@@ -111,28 +116,47 @@ def weight_of_linear(node: fx.Node) -> fx.Node | None:
     return weight if weight.target is ops.dequantize_weight.default else None
 
 
+class _Dequantize(NamedTuple):
+    """The arguments of a ``dequantize_weight`` node, in the order of the operator's schema."""
+
+    codes: fx.Node
+    scale: fx.Node
+    zero: fx.Node | None
+    bits: int
+    group_size: int
+    shape: Sequence[int | torch.SymInt]
+    perm: Sequence[int]
+    batch_dims: int
+    row_dims: int
+    dtype: torch.dtype
+
+
+def _dequantize_of(linear: fx.Node) -> _Dequantize:
+    """How the weight of a quantized linear is dequantized."""
+    weight = weight_of_linear(linear)
+    assert weight is not None
+    return _Dequantize(*cast("tuple[Any, ...]", weight.args))
+
+
 def _group_spec(group: Sequence[fx.Node]) -> LinearSpec | None:
     rows = 0
     spec = None
     for node in group:
-        weight = weight_of_linear(node)
-        assert weight is not None
-        _, _, zero, bits, group_size, shape, perm, batch_dims, row_dims, dtype = weight.args
-        if batch_dims != 0 or len(shape) != 2:  # type: ignore[arg-type]
+        weight = _dequantize_of(node)
+        if weight.batch_dims != 0 or len(weight.shape) != 2:
             return None
-        n, k = shape[perm[0]], shape[perm[1]]  # type: ignore[index]
-        rows += int(n)  # type: ignore[call-overload]
+        rows += int(weight.shape[weight.perm[0]])
         x = node.args[0]
         assert isinstance(x, fx.Node)
         spec = LinearSpec(
-            bits=int(bits),  # type: ignore[call-overload]
-            symmetric=zero is None,
-            group_size=int(group_size),  # type: ignore[call-overload]
+            bits=weight.bits,
+            symmetric=weight.zero is None,
+            group_size=weight.group_size,
             rows=rows,
-            columns=int(k),  # type: ignore[call-overload]
+            columns=int(weight.shape[weight.perm[1]]),
             activation=_activation_mode(x),
             tokens=_tokens(node),
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=weight.dtype,
         )
     return spec
 
@@ -148,7 +172,7 @@ def _tokens(node: fx.Node) -> int | None:
     if not isinstance(value, Tensor):
         return None
     total = 1
-    for size in value.shape[:-1]:
+    for size in cast("Sequence[int | torch.SymInt]", value.shape[:-1]):
         if not isinstance(size, int):
             return None
         total *= size
@@ -159,9 +183,9 @@ def _plan_embeddings(plan: Plan, nodes: Sequence[fx.Node], position: Mapping[fx.
     for node in nodes:
         if node.target is not ops.quantized_embedding.default or node.args[1] not in position:
             continue
-        bits, group_size = int(node.args[4]), int(node.args[5])  # type: ignore[call-overload]
+        _, codes, _, _, bits, group_size, *_ = cast("tuple[Any, ...]", node.args)
         if bits > 4 and group_size <= 0:
-            plan.embeddings[node] = position[node.args[1]]  # type: ignore[index]
+            plan.embeddings[node] = position[codes]
 
 
 class LoweringInterpreter(fx.Interpreter):
@@ -174,13 +198,15 @@ class LoweringInterpreter(fx.Interpreter):
         self.results: dict[fx.Node, tuple[Tensor, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Kernels for planned nodes, the original op for all others; planned weights are never dequantized."""
+        """Kernels for planned nodes, the original op for others; planned weights are never dequantized."""
         if n in self.plan.members:
             return self._linear(n)
         if n in self.plan.embeddings:
             return self._embedding(n)
-        if n.target in (ops.dequantize_weight.default, aten.t.default) and n.users and all(
-            self._only_planned(user) for user in n.users
+        if (
+            n.target in (ops.dequantize_weight.default, aten.t.default)
+            and n.users
+            and all(self._only_planned(user) for user in n.users)
         ):
             return None
         return super().run_node(n)
@@ -195,8 +221,11 @@ class LoweringInterpreter(fx.Interpreter):
         if first not in self.results:
             kernel, spec, group = self.plan.kernels[first], self.plan.specs[first], self.plan.groups[first]
             positions = tuple(self.plan.codes[member] for member in group)
-            packed = {key.tensor: value for key, value in self.packed.items()
-                      if key.layout is kernel.layout and key.positions == positions}
+            packed = {
+                key.tensor: value
+                for key, value in self.packed.items()
+                if key.layout is kernel.layout and key.positions == positions
+            }
             x_node = node.args[0]
             assert isinstance(x_node, fx.Node)
             y = kernel.run(self._value(x_node), self._quantized(x_node), packed, spec)
@@ -208,20 +237,24 @@ class LoweringInterpreter(fx.Interpreter):
 
     def _embedding(self, node: fx.Node) -> Tensor:
         position = (self.plan.embeddings[node],)
-        packed = {key.tensor: value for key, value in self.packed.items()
-                  if key.layout is INT8_ROWS and key.positions == position}
-        indices = self._value(node.args[0])  # type: ignore[arg-type]
-        dtype = node.args[7]
+        packed = {
+            key.tensor: value
+            for key, value in self.packed.items()
+            if key.layout is INT8_ROWS and key.positions == position
+        }
+        indices_node, *_, dtype = cast("tuple[fx.Node, *tuple[Any, ...], torch.dtype]", node.args)
+        indices = self._value(indices_node)
         rows = F.embedding(indices, packed["values"]).float() * packed["scale"][indices].unsqueeze(-1)
         if "offset" in packed:
             rows = rows + packed["offset"][indices].unsqueeze(-1)
-        return rows.to(dtype)  # type: ignore[call-overload,no-any-return]
+        return rows.to(dtype)
 
     def _quantized(self, x: fx.Node) -> QuantizedInput | None:
         if x.target is not ops.dequantize_activation.default:
             return None
         codes, scale, zero = (None if a is None else self._value(a) for a in x.args[:3])  # type: ignore[arg-type]
-        assert codes is not None and scale is not None
+        assert codes is not None
+        assert scale is not None
         return QuantizedInput(codes, scale, zero)
 
     def _value(self, node: fx.Node) -> Tensor:
@@ -231,10 +264,8 @@ class LoweringInterpreter(fx.Interpreter):
 
 
 def _rows(node: fx.Node) -> int:
-    weight = weight_of_linear(node)
-    assert weight is not None
-    shape, perm = weight.args[5], weight.args[6]
-    return int(shape[perm[0]])  # type: ignore[index,call-overload]
+    weight = _dequantize_of(node)
+    return int(weight.shape[weight.perm[0]])
 
 
 def needed_layouts(plan: Plan) -> list[tuple[Layout, tuple[int, ...]]]:

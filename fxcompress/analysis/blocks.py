@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class Block:
         index: 0-based position.
         name: For messages, e.g. ``"block 3/30"`` or ``"prologue"``.
         nodes: Its nodes in graph order.
-        inputs: External nodes its nodes read (placeholders, attributes and values of earlier blocks), ordered by
-            first use, so that isomorphic blocks list corresponding inputs at equal positions.
+        inputs: External nodes its nodes read (placeholders, attributes and values of earlier blocks), ordered
+            by first use, so that isomorphic blocks list corresponding inputs at equal positions.
         outputs: Values read by later blocks or by the graph output, in graph order.
         structure: Hash; equal for blocks that compute the same function of their inputs.
     """
@@ -48,8 +49,8 @@ class Block:
 def find_blocks(graph: fx.Graph) -> list[Block]:
     """Split a graph into consecutive blocks that together cover every node but placeholders and the output.
 
-    Without repetition the whole graph is one block. Attribute reads (``get_attr``) belong to no block: they are
-    inputs of the blocks that use them.
+    Without repetition the whole graph is one block. Attribute reads (``get_attr``) belong to no block: they
+    are inputs of the blocks that use them.
     """
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
     if not nodes:
@@ -59,7 +60,7 @@ def find_blocks(graph: fx.Graph) -> list[Block]:
     if repeats >= _MIN_REPEATS:
         cuts += [start + k * period for k in range(repeats + 1)]
     cuts.append(len(nodes))
-    bounds = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    bounds = [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
     first_repeat = bounds.index((start, start + period)) if repeats >= _MIN_REPEATS else -1
     blocks = []
     for index, (a, b) in enumerate(bounds):
@@ -85,11 +86,13 @@ def make_block(index: int, name: str, nodes: Sequence[fx.Node]) -> Block:
             if source not in members:
                 inputs.setdefault(source)
     outputs = tuple(node for node in nodes if any(user not in members for user in node.users))
-    return Block(index, name, tuple(nodes), tuple(inputs), outputs, structure_of(nodes, tuple(inputs), outputs))
+    return Block(
+        index, name, tuple(nodes), tuple(inputs), outputs, structure_of(nodes, tuple(inputs), outputs)
+    )
 
 
 def structure_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> str:
-    """Hash of what a segment computes: ops, constants, wiring, the types of its inputs and which values leave.
+    """Hash of what a segment computes: ops, constants, wiring, types of its inputs and which values leave.
 
     Symbolic sizes are numbered by first appearance, so that layers whose caches carry symbols of their own
     compare equal; whoever reuses code for such a block must make sure that the sizes are equal.
@@ -103,7 +106,9 @@ def structure_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: S
         digest.update(f"{kind}{_describe(node.meta.get('val'), symbols)};".encode())
     for node in nodes:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: _Name(number[source]))
-        digest.update(f"{node.op}:{node.target}:{arguments!r}:{_describe(node.meta.get('val'), symbols)};".encode())
+        digest.update(
+            f"{node.op}:{node.target}:{arguments!r}:{_describe(node.meta.get('val'), symbols)};".encode()
+        )
     digest.update(",".join(number[node] for node in outputs).encode())
     return digest.hexdigest()
 
@@ -145,7 +150,7 @@ def _printed(expression: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def _signature(node: fx.Node) -> str:
-    """What must repeat from layer to layer: op, constants, rank and dtype; sizes may carry per-layer symbols."""
+    """What must repeat from layer to layer: op, constants, rank, dtype; sizes may carry per-layer symbols."""
     constants = fx.node.map_arg((node.args, node.kwargs), lambda source: None)
     value = node.meta.get("val")
     kind = (str(value.dtype), value.dim()) if isinstance(value, Tensor) else type(value).__name__
@@ -192,7 +197,9 @@ def _runs(mask: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
 def _align(nodes: Sequence[fx.Node], start: int, period: int, length: int) -> tuple[int, int, int]:
     """Choose the phase with the fewest crossing values, then keep the isomorphic prefix."""
     index = {node: k for k, node in enumerate(nodes)}
-    last_use = [max((index.get(user, len(nodes)) for user in node.users), default=k) for k, node in enumerate(nodes)]
+    last_use = [
+        max((index.get(user, len(nodes)) for user in node.users), default=k) for k, node in enumerate(nodes)
+    ]
     slack = (length + period) % period
     total = (length + period) // period
     best: tuple[tuple[int, int], tuple[int, int, int]] | None = None

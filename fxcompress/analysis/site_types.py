@@ -32,7 +32,8 @@ class Site:
         kind: How it is consumed.
         node: The consuming op.
         weight: The placeholder bound to the parameter.
-        weight_value: The node that ``node`` actually takes (after t/transpose/to/… ); equals ``weight`` if none.
+        weight_value: The node that ``node`` actually takes (after t/transpose/to/…); equals ``weight`` if
+            none.
         chain: Nodes from the placeholder (exclusive) to ``weight_value`` (inclusive).
         layout: The parameter as ``[B, N, K]`` *for this use*.
         input: The activation node contracted with K (indices for an embedding); None when unknown.

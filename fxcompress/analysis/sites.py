@@ -26,7 +26,9 @@ _CONVOLUTIONS = {
 }
 _TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 _EMBEDDINGS = {aten.embedding.default}
-_GROUPED_MATMULS = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback", "transformers::grouped_mm"})
+_GROUPED_MATMULS = frozenset(
+    {"aten::_grouped_mm", "transformers::grouped_mm_fallback", "transformers::grouped_mm"}
+)
 
 
 def find_sites(program: Program) -> list[Site]:
@@ -88,12 +90,27 @@ def _make(
     bias_node = bias if isinstance(bias, fx.Node) else None
     bias_name = None
     source = bias_node
-    while source is not None and source.op == "call_function" and source.args and isinstance(source.args[0], fx.Node):
+    while (
+        source is not None
+        and source.op == "call_function"
+        and source.args
+        and isinstance(source.args[0], fx.Node)
+    ):
         source = source.args[0]
     if source is not None and source.op == "placeholder":
         bias_name = program.weight_of.get(source.name)
     return Site(
-        use.name, kind, use.node, use.weight, use.value, use.chain, layout, activation, bias_name, bias_node, reason
+        use.name,
+        kind,
+        use.node,
+        use.weight,
+        use.value,
+        use.chain,
+        layout,
+        activation,
+        bias_name,
+        bias_node,
+        reason,
     )
 
 
@@ -130,7 +147,9 @@ def _matmul(program: Program, use: WeightUse) -> Site | None:
     if node.args[1] is not use.value or node.args[0] is use.value:
         return None
     layout = _layout(program, use, [rank - 1], [rank - 2])
-    kind = SiteKind.LINEAR if layout.batch_dims == 0 else SiteKind.EXPERTS if use.selected else SiteKind.BATCHED
+    kind = (
+        SiteKind.LINEAR if layout.batch_dims == 0 else SiteKind.EXPERTS if use.selected else SiteKind.BATCHED
+    )
     return _make(program, use, kind, layout, _node(node.args[0]))
 
 
@@ -138,12 +157,19 @@ def _baddbmm(program: Program, use: WeightUse) -> Site | None:
     node = use.node
     if node.args[2] is not use.value or node.kwargs:
         return None
-    return _make(program, use, SiteKind.BATCHED, _layout(program, use, [2], [1]), _node(node.args[1]), node.args[0])
+    return _make(
+        program, use, SiteKind.BATCHED, _layout(program, use, [2], [1]), _node(node.args[1]), node.args[0]
+    )
 
 
 def _einsum(program: Program, use: WeightUse) -> Site | None:
     equation, operands = str(use.node.args[0]).replace(" ", ""), use.node.args[1]
-    if "->" not in equation or "." in equation or not isinstance(operands, list | tuple) or len(operands) != 2:
+    if (
+        "->" not in equation
+        or "." in equation
+        or not isinstance(operands, list | tuple)
+        or len(operands) != 2
+    ):
         return None
     terms, output = equation.split("->")
     subscripts = terms.split(",")
@@ -170,7 +196,9 @@ def _convolution(program: Program, use: WeightUse) -> Site | None:
     node = use.node
     if node.args[1] is not use.value or node.args[0] is use.value:
         return None
-    transposed = node.target in _TRANSPOSED or (node.target is aten.convolution.default and bool(node.args[6]))
+    transposed = node.target in _TRANSPOSED or (
+        node.target is aten.convolution.default and bool(node.args[6])
+    )
     rank = len(use.dims)
     rows = [1] if transposed else [0]
     columns = [d for d in range(rank) if d not in rows]

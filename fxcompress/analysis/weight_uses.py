@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -81,11 +82,13 @@ def _follow(
             yield from _follow(name, weight, user, (*chain, user), new_dims, selected + removed)
 
 
-def _rearrange(node: fx.Node, value: fx.Node, dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _rearrange(
+    node: fx.Node, value: fx.Node, dims: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """New ``(dims, removed)`` when ``node`` only rearranges ``value``; None when it consumes it."""
     if node.op != "call_function" or not node.args or node.args[0] is not value:
         return None
-    target = node.target
+    target, arguments = node.target, cast("tuple[Any, ...]", node.args)
     if target in _SAME_DIMS:
         return dims, ()
     rank = len(dims)
@@ -94,14 +97,14 @@ def _rearrange(node: fx.Node, value: fx.Node, dims: tuple[int, ...]) -> tuple[tu
             return dims[::-1], ()
         return ((*dims[:-2], dims[-1], dims[-2]), ()) if rank >= 2 else (dims, ())
     if target is aten.transpose.int:
-        a, b = int(node.args[1]) % rank, int(node.args[2]) % rank  # type: ignore[call-overload]
+        a, b = int(arguments[1]) % rank, int(arguments[2]) % rank
         order = list(dims)
         order[a], order[b] = order[b], order[a]
         return tuple(order), ()
     if target is aten.permute.default:
-        return tuple(dims[int(d) % rank] for d in node.args[1]), ()  # type: ignore[union-attr,arg-type]
+        return tuple(dims[int(d) % rank] for d in arguments[1]), ()
     if target is aten.select.int and rank == 3:
-        d = int(node.args[1]) % rank  # type: ignore[call-overload]
+        d = int(arguments[1]) % rank
         return (*dims[:d], *dims[d + 1 :]), (dims[d],)
     if target is aten.unbind.int and rank == 3:
         return None

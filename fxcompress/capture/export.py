@@ -22,12 +22,14 @@ from fxcompress.errors import CaptureError
 _NOT_USER_CODE = ("torch", "fxcompress", "networkx")
 
 
-def capture_model(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+def capture_model(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Program:
     """Capture ``model(*args, **kwargs)`` as a :class:`Program` with dynamic input shapes.
 
-    Every dimension of every tensor input is left to the compiler to decide (``Dim.AUTO``); dimensions that the
-    model itself fixes are specialised. Example inputs whose first dimension is 1 are doubled first, because a
-    size of 1 would be taken for a constant.
+    Every dimension of every tensor input is left to the compiler to decide (``Dim.AUTO``); dimensions that
+    the model itself fixes are specialised. Example inputs whose first dimension is 1 are doubled first,
+    because a size of 1 would be taken for a constant.
 
     Args:
         model: The module; used in evaluation mode, not modified.
@@ -62,7 +64,10 @@ def _program_from_exported(
     weights: dict[str, Tensor] = {}
     inputs: list[str] = []
     canonical, aliases = tied_names(model)
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     parameters = frozenset(name for name, _ in model.named_parameters())
     for spec in exported.graph_signature.input_specs:
         placeholder = getattr(spec.arg, "name", None)
@@ -77,7 +82,9 @@ def _program_from_exported(
             weight_of[placeholder] = f"constant:{spec.target}"
             constant = exported.constants[spec.target]
             if not isinstance(constant, Tensor):
-                raise CaptureError(f"lifted constant {spec.target!r} is not a tensor but {type(constant).__name__}.")
+                raise CaptureError(
+                    f"lifted constant {spec.target!r} is not a tensor but {type(constant).__name__}."
+                )
             weights[weight_of[placeholder]] = constant
         else:
             inputs.append(placeholder)
@@ -131,7 +138,9 @@ class _FlatCall(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ExportedProgram, pytree.TreeSpec]:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ExportedProgram, pytree.TreeSpec]:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     attempts = [[_double_first(leaf) for leaf in leaves], leaves] if _batch_of_one(leaves) else [leaves]
     failure: Exception | None = None
@@ -148,16 +157,18 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     assert failure is not None
     raise CaptureError(
         f"{type(model).__name__} cannot be captured: {_first_line(failure)} At {user_line(failure)}.",
-        fix="make that line traceable by torch.export, or compress the part of the model that can be captured.",
+        fix="make that line traceable by torch.export, or compress the part of the model that can be"
+        " captured.",
     ) from failure
 
 
 def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """A readable name for every flat input: the argument's own name, with the path inside nested structures."""
+    """A readable name for every flat input: the argument's own name, with the path inside nested values."""
     parameters = [p.name for p in inspect.signature(model.forward).parameters.values()]
     names = []
     for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        positional, step, *rest = (getattr(key, "idx", getattr(key, "key", None)) for key in path)
+        keys: list[Any] = [getattr(key, "idx", getattr(key, "key", None)) for key in path]
+        positional, step, *rest = keys
         first = parameters[step] if positional == 0 and step < len(parameters) else f"arg_{step}"
         steps = [first if positional == 0 else str(step), *map(str, rest)]
         names.append(re.sub(r"\W", "_", "_".join(steps)))

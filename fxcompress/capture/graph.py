@@ -25,7 +25,8 @@ def capture_graph_module(
     """
     if not isinstance(module, fx.GraphModule):
         raise CaptureError(
-            f"expected an fx.GraphModule, found {type(module).__name__}.", fix="use capture_model for other modules."
+            f"expected an fx.GraphModule, found {type(module).__name__}.",
+            fix="use capture_model for other modules.",
         )
     if not any(isinstance(value, Tensor) for value in [*args, *(kwargs or {}).values()]):
         raise CaptureError("capture_graph_module: no tensor among the example inputs.")

@@ -48,7 +48,7 @@ class Program:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     def weight_node(self, name: str) -> list[fx.Node]:
-        """Placeholders bound to the canonical name ``name`` (several when the capture did not merge a tie)."""
+        """Placeholders bound to the canonical name ``name`` (several when capture did not merge a tie)."""
         return [node for node in self.placeholders() if self.weight_of.get(node.name) == name]
 
     def flatten_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -26,7 +26,9 @@ def test_blocks_cover_the_graph_in_order(animal: ZooEntry) -> None:
         defined |= members
 
 
-@pytest.mark.parametrize(("name", "layers"), [("gpt2-odd", 3), ("llama-tied-odd", 3), ("gpt-neox", 2), ("bert", 2)])
+@pytest.mark.parametrize(
+    ("name", "layers"), [("gpt2-odd", 3), ("llama-tied-odd", 3), ("gpt-neox", 2), ("bert", 2)]
+)
 def test_layers_become_blocks_of_one_structure(name: str, layers: int) -> None:
     program = capture_model(entry(name).build(), (), entry(name).inputs())
     repeated = [block for block in find_blocks(program.graph) if block.name.startswith("block")]

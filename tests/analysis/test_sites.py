@@ -15,7 +15,9 @@ from tests.zoo import DECODERS, ZooEntry, entry
 def kinds(name: str) -> dict[str, set[SiteKind]]:
     animal = entry(name)
     program = capture_model(animal.build(), (), animal.inputs())
-    return {key: {site.kind for site in sites} for key, sites in sites_by_parameter(find_sites(program)).items()}
+    return {
+        key: {site.kind for site in sites} for key, sites in sites_by_parameter(find_sites(program)).items()
+    }
 
 
 @pytest.mark.slow
@@ -26,7 +28,9 @@ def test_every_matrix_of_every_decoder_has_a_site(animal: ZooEntry) -> None:
     model = animal.build()
     program = capture_model(model, (), animal.inputs())
     found = sites_by_parameter(find_sites(program))
-    read = {program.weight_of[n.name] for n in program.placeholders() if n.name in program.weight_of and n.users}
+    read = {
+        program.weight_of[n.name] for n in program.placeholders() if n.name in program.weight_of and n.users
+    }
     matrices = {n for n in program.parameters & read if program.weights[n].dim() >= 2}
     assert matrices == set(found)
     for name, sites in found.items():
@@ -56,7 +60,9 @@ def test_experts_are_sites_not_leftovers(name: str) -> None:
     found = kinds(name)
     experts = {key: value for key, value in found.items() if "experts" in key and "bias" not in key}
     assert experts
-    assert all(value == {SiteKind.EXPERTS} or value == {SiteKind.BATCHED} for value in experts.values()), experts
+    assert all(value == {SiteKind.EXPERTS} or value == {SiteKind.BATCHED} for value in experts.values()), (
+        experts
+    )
 
 
 def test_convolutions_and_transposed_convolutions() -> None:

@@ -35,7 +35,9 @@ def spec_of(terms: list[QuantizedWeight], tokens: int | None, activation: str | 
     )
 
 
-def run(kernel: Kernel, terms: list[QuantizedWeight], x: Tensor, quantized: QuantizedInput | None = None) -> Tensor:
+def run(
+    kernel: Kernel, terms: list[QuantizedWeight], x: Tensor, quantized: QuantizedInput | None = None
+) -> Tensor:
     activation = None if quantized is None else ("dynamic" if quantized.zero is None else "static")
     spec = spec_of(terms, x.numel() // x.shape[-1], activation)
     return kernel.run(x, quantized, kernel.layout.pack(terms), spec)
@@ -56,7 +58,10 @@ shapes = st.tuples(st.integers(1, 70), st.integers(1, 90), st.integers(8, 300))
 @given(shapes, st.integers(5, 8), st.booleans())
 def test_int8_row_kernels(shape: tuple[int, int, int], bits: int, symmetric: bool) -> None:
     tokens, rows, columns = shape
-    terms = [weight(rows, columns, IntFormat(bits, symmetric, 0)), weight(3, columns, IntFormat(bits, symmetric, 0), 1)]
+    terms = [
+        weight(rows, columns, IntFormat(bits, symmetric, 0)),
+        weight(3, columns, IntFormat(bits, symmetric, 0), 1),
+    ]
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(2))
     for kernel in KERNELS:
         spec = spec_of(terms, tokens, None)
@@ -78,7 +83,9 @@ def test_int4_kernels(shape: tuple[int, int, int], bits: int, symmetric: bool, g
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(2, 8), st.booleans(), st.booleans())
-def test_integer_product_is_exact(shape: tuple[int, int, int], bits: int, symmetric: bool, static: bool) -> None:
+def test_integer_product_is_exact(
+    shape: tuple[int, int, int], bits: int, symmetric: bool, static: bool
+) -> None:
     tokens, rows, columns = shape
     terms = [weight(rows, columns, IntFormat(bits, symmetric, 0))]
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(2)) + 0.3

@@ -36,8 +36,8 @@ def off_grid(model: Any, *, spread: float = 0.3, seed: int = 1) -> Any:
     """A copy that computes the same function with weights off their 4-bit grid.
 
     Every channel between a norm and its linears, between up and down projection, and between value and output
-    projection (one scale per key/value channel) is scaled by exp(spread · N(0, 1)); the inverse is folded into
-    the producer. The packaged weights lie on a 4-bit grid, which flatters some 4-bit formats.
+    projection (one scale per key/value channel) is scaled by exp(spread · N(0, 1)); the inverse is folded
+    into the producer. The packaged weights lie on a 4-bit grid, which flatters some 4-bit formats.
     """
     clone = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)

@@ -2,7 +2,7 @@
 
 Run: python -m tests.benchmarks.quality [--windows 8] [--samples 16] [--only NAME ...]
 
-Models are evaluated as their forms define them (the reference interpreter of the engine, float32 activations),
+Models are evaluated as their forms define them (the engine's reference interpreter, float32 activations),
 so figures do not depend on kernels. Results are added to ``results/quality.json`` as they come.
 """
 
@@ -96,7 +96,15 @@ def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> Iterator
         seconds = time.perf_counter() - started
         found = {kind: perplexity(plan, result.state, rows) for kind, rows in texts.items()}
         change = {kind: 100 * (found[kind] / base[kind] - 1) for kind in found}
-        yield name, {"perplexity": found, "change %": change, "seconds": round(seconds), "totals": result.report.totals}
+        yield (
+            name,
+            {
+                "perplexity": found,
+                "change %": change,
+                "seconds": round(seconds),
+                "totals": result.report.totals,
+            },
+        )
 
 
 def main() -> None:
@@ -104,13 +112,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--model", choices=["packaged", "off-grid"], nargs="*", default=["packaged", "off-grid"])
+    parser.add_argument(
+        "--model", choices=["packaged", "off-grid"], nargs="*", default=["packaged", "off-grid"]
+    )
     options = parser.parse_args()
     model, tokenizer = packaged_model()
     path = RESULTS / "quality.json"
     content = json.loads(path.read_text()) if path.exists() else {}
     content["environment"] = environment(["-m", "tests.benchmarks.quality", *sys.argv[1:]])
-    content["protocol"] = f"{options.windows} windows of 512 tokens per text, {options.samples} calibration samples"
+    content["protocol"] = (
+        f"{options.windows} windows of 512 tokens per text, {options.samples} calibration samples"
+    )
     for kind in options.model:
         for name, row in measure(model if kind == "packaged" else off_grid(model), tokenizer, options):
             content.setdefault(kind, {})[name] = row

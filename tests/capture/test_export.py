@@ -20,7 +20,9 @@ def test_program_computes_what_the_model_does(animal: ZooEntry) -> None:
     program = capture_model(model, (), animal.inputs())
     with torch.no_grad():
         expected = scores(model(**animal.inputs()))
-        torch.testing.assert_close(scores(program.run(kwargs=animal.inputs())), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            scores(program.run(kwargs=animal.inputs())), expected, rtol=1e-5, atol=1e-5
+        )
         if not animal.export_note:
             other = animal.inputs(batch=3, seq=11)
             torch.testing.assert_close(
@@ -105,5 +107,5 @@ def test_plain_graph_module() -> None:
     assert sorted(program.parameters) == sorted(dict(model.named_parameters()))
     x = torch.randn(9, 5)
     torch.testing.assert_close(program.run((x,)), model(x))
-    with pytest.raises(CaptureError, match="expected an fx.GraphModule"):
+    with pytest.raises(CaptureError, match=r"expected an fx\.GraphModule"):
         capture_graph_module(model, (x,))  # type: ignore[arg-type]

@@ -26,8 +26,9 @@ def step(event):
         os.kill(os.getpid(), signal.SIGKILL)
 
 data = [torch.arange(24).view(1, 24) % 100, torch.arange(24).view(1, 24) % 90]
-recipe = ["smooth-activations", {"gptq": {"group_size": 16}}, {"quantize-weights": {"bits": 4, "group_size": 16,
-          "only_remaining": True}}, {"quantize-activations": {"mode": "static"}}, "fuse-siblings"]
+recipe = ["smooth-activations", {"gptq": {"group_size": 16}},
+          {"quantize-weights": {"bits": 4, "group_size": 16, "only_remaining": True}},
+          {"quantize-activations": {"mode": "static"}}, "fuse-siblings"]
 small = fxcompress.compress(model, recipe, data, progress=step, checkpoint=folder)
 small.save(out)
 print(seen)

@@ -63,7 +63,9 @@ def test_compiled_backend_uses_kernels_and_little_memory(smollm_small: Any, batc
 
 
 @torch.no_grad()
-def test_saved_model_generates_the_same_in_a_new_process(smollm_small: Any, batch: Any, tmp_path: Path) -> None:
+def test_saved_model_generates_the_same_in_a_new_process(
+    smollm_small: Any, batch: Any, tmp_path: Path
+) -> None:
     small = fxcompress.compress(smollm_small, "w8a8", progress=False, verify="off")
     small.set_backend("eager")
     tokens = small.generate(**batch, max_new_tokens=5, do_sample=False).tolist()
@@ -76,7 +78,10 @@ def test_saved_model_generates_the_same_in_a_new_process(smollm_small: Any, batc
     )
     inputs = json.dumps({key: value.tolist() for key, value in batch.items()})
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "small"), inputs], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, str(tmp_path / "small"), inputs],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert json.loads(done.stdout.splitlines()[-1]) == tokens
 

@@ -21,7 +21,19 @@ RECIPES: dict[str, Any] = {"w4a16": W4A16, "w8a8": "w8a8"}
 # Compiling costs several seconds a model, so the compiled backend runs where structures differ.
 COMPILED = (
     *("llama-tied-odd", "gpt2-odd", "gpt-neox", "falcon", "phi3", "gemma3", "bloom", "mpt", "opt-odd"),
-    *("mixtral", "gpt-oss", "granite-moe", "deepseek-v3", "mamba2", "lfm2", "bert", "t5", "vit", "resnet", "unet"),
+    *(
+        "mixtral",
+        "gpt-oss",
+        "granite-moe",
+        "deepseek-v3",
+        "mamba2",
+        "lfm2",
+        "bert",
+        "t5",
+        "vit",
+        "resnet",
+        "unet",
+    ),
 )
 
 
@@ -83,7 +95,9 @@ def check(animal: ZooEntry, recipe: str, folder: Path) -> CompressedModel:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("animal", [a for a in DECODERS if "slow" not in a.tags], ids=lambda animal: animal.name)
+@pytest.mark.parametrize(
+    "animal", [a for a in DECODERS if "slow" not in a.tags], ids=lambda animal: animal.name
+)
 def test_decoders(animal: ZooEntry, recipe: str, tmp_path: Path) -> None:
     small = check(animal, recipe, tmp_path)
     if animal.generates and recipe == "w4a16":
