@@ -37,7 +37,7 @@ demo: $(STAMP) ## compress a real language model and print what it gained and lo
 	$(PY) examples/demo.py
 
 test: $(STAMP) ## run the tests; PYTEST_ARGS='-k name -x' is handed to pytest
-	$(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(PY) -m ruff check .
@@ -56,7 +56,9 @@ format: $(STAMP) ## let ruff fix and format
 	$(PY) -m ruff format .
 
 docs-results: $(STAMP) ## measure again and rewrite the tables of docs/results.md
-	$(PY) tests/benchmarks/write_results.py
+	$(PY) -m tests.benchmarks.quality
+	$(PY) -m tests.benchmarks.speed
+	$(PY) -m tests.benchmarks.write_results
 
 clean: ## remove what the targets made, the virtual environment included
 	rm -rf build dist $(TYPED) fxcompress.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)

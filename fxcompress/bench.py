@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -201,13 +202,22 @@ class _Run:
     def warm_up(self) -> None:
         start = self.clock()
         for measure in self._measures().values():
-            measure()
-            measure()  # compilers specialise on the first call and generalise on the second
+            with self._fixed_sizes():
+                measure()
+                measure()  # lazily allocated caches have their first use compiled apart
         self.warmup = self.clock() - start
 
     def turn(self) -> None:
         for name, measure in self._measures().items():
-            self.rates[name].append(max(measure() for _ in range(self.settings.tries)))
+            with self._fixed_sizes():
+                self.rates[name].append(max(measure() for _ in range(self.settings.tries)))
+
+    def _fixed_sizes(self) -> AbstractContextManager[object]:
+        """With a static cache there are three calls, of one size each: nothing needs a graph for any size."""
+        if self.cache != "static":
+            return nullcontext()
+        patched: AbstractContextManager[object] = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+        return patched
 
     def _measures(self) -> dict[str, Callable[[], float]]:
         known: dict[str, Callable[[], float]] = {"prefill": self._prefill, "decode": self._decode}

@@ -1,47 +1,20 @@
-"""Every kind of model through capture → recipe → eager and compiled backend → save → load → generate."""
+"""What the zoo tests share: compress a small model and compare everything that can be compared."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import fxcompress
 from fxcompress import CompressedModel
-from tests.zoo import DECODERS, OTHERS, ZooEntry, entry, generate_tokens, scores
+from tests.zoo import ZooEntry, scores
 
 W4A16 = [{"quantize-weights": {"bits": 4, "group_size": 16}}, "fuse-siblings"]
 RECIPES: dict[str, Any] = {"w4a16": W4A16, "w8a8": "w8a8"}
-
-# Compiling costs several seconds a model, so the compiled backend runs where structures differ.
-COMPILED = (
-    *("llama-tied-odd", "gpt2-odd", "gpt-neox", "falcon", "phi3", "gemma3", "bloom", "mpt", "opt-odd"),
-    *(
-        "mixtral",
-        "gpt-oss",
-        "granite-moe",
-        "deepseek-v3",
-        "mamba2",
-        "lfm2",
-        "bert",
-        "t5",
-        "vit",
-        "resnet",
-        "unet",
-    ),
-)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
@@ -91,39 +64,3 @@ def check(animal: ZooEntry, recipe: str, folder: Path) -> CompressedModel:
     again = fxcompress.load(folder / "small", None if "plain" not in animal.tags else model, backend="eager")
     assert torch.equal(scores(again(**animal.inputs())), out)
     return small
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(
-    "animal", [a for a in DECODERS if "slow" not in a.tags], ids=lambda animal: animal.name
-)
-def test_decoders(animal: ZooEntry, recipe: str, tmp_path: Path) -> None:
-    small = check(animal, recipe, tmp_path)
-    if animal.generates and recipe == "w4a16":
-        tokens = generate_tokens(small.model, animal.tensors())
-        dense = generate_tokens(dense_copy(animal.build(), small), animal.tensors())
-        assert torch.equal(tokens, dense)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("animal", OTHERS, ids=lambda animal: animal.name)
-def test_other_models(animal: ZooEntry, recipe: str, tmp_path: Path) -> None:
-    small = check(animal, recipe, tmp_path)
-    if animal.generates and recipe == "w4a16":
-        assert generate_tokens(small.model, animal.tensors()).shape[1] == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", COMPILED)
-@torch.no_grad()
-def test_compiled_equals_reference(name: str, recipe: str) -> None:
-    animal = entry(name)
-    _, small = compress(animal, recipe)
-    compiled = scores(small(**animal.inputs()))
-    small.set_backend("eager")
-    reference = scores(small(**animal.inputs()))
-    # Kernels take activations in bfloat16: 2**-8 relative per product.
-    assert relative(compiled, reference) < 0.03

@@ -1,0 +1,41 @@
+"""The compiled backend against the reference, where structures differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.end_to_end.zoo_checks import RECIPES, compress, relative
+from tests.zoo import entry, scores
+
+# Compiling costs several seconds a model, so the compiled backend runs where structures differ.
+COMPILED = (
+    *("llama-tied-odd", "gpt2-odd", "gpt-neox", "falcon", "phi3", "gemma3", "bloom", "mpt", "opt-odd"),
+    *(
+        "mixtral",
+        "gpt-oss",
+        "granite-moe",
+        "deepseek-v3",
+        "mamba2",
+        "lfm2",
+        "bert",
+        "t5",
+        "vit",
+        "resnet",
+        "unet",
+    ),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", COMPILED)
+@torch.no_grad()
+def test_compiled_equals_reference(name: str, recipe: str) -> None:
+    animal = entry(name)
+    _, small = compress(animal, recipe)
+    compiled = scores(small(**animal.inputs()))
+    small.set_backend("eager")
+    reference = scores(small(**animal.inputs()))
+    # Kernels take activations in bfloat16: 2**-8 relative per product.
+    assert relative(compiled, reference) < 0.03
