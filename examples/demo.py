@@ -172,12 +172,8 @@ def main() -> None:
             folder = Path(name, recipe)
             variants[recipe], _ = compress_and_save(model, tokenizer, recipe, folder)
             on_disk[recipe] = sum(f.stat().st_size for f in folder.iterdir()) / 1e6
-        console.print("measuring quality …")
-        quality = measure_quality(variants, tokenizer)
-        console.print("measuring speed (the first calls compile) …")
-        result = bench([Variant(*item) for item in variants.items()], settings=SETTINGS, progress=True)
         ids = question_ids(tokenizer)
-        console.print(f"\n[bold]{QUESTION}[/bold]")
+        console.print(f"[bold]{QUESTION}[/bold]")
         console.print(f"fp32: {tokenizer.decode(answer(model, ids), skip_special_tokens=True)} …")
         for recipe in RECIPES:
             here = answer(variants[recipe], ids)
@@ -186,6 +182,10 @@ def main() -> None:
                 raise SystemExit(f"{recipe}: a fresh process generated other tokens: {there}, here {here}")
             console.print(f"{recipe}: {tokenizer.decode(here, skip_special_tokens=True)} …")
             console.print(f"  saved, loaded in a fresh process: the same {len(here)} tokens", style="green")
+    console.print("measuring quality …")
+    quality = measure_quality(variants, tokenizer)
+    console.print("measuring speed (the first calls compile) …")
+    result = bench([Variant(*item) for item in variants.items()], settings=SETTINGS, progress=True)
     console.print(results_table(result, quality, on_disk, (time.perf_counter() - started) / 60))
 
 

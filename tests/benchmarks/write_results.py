@@ -59,8 +59,8 @@ def speed(content: dict[str, Any]) -> list[str]:
     lines += [
         f"Decode: {settings['steps']} greedy steps after {settings['prompt']} tokens (eager: dynamic cache,",
         f"compressed: static cache); prefill: {settings['prefill']} tokens. Variants take turns; better of",
-        f"{settings['tries']} tries, medians of {settings['rounds']} rounds; × is the median ratio to float32",
-        "eager in the same round.",
+        f"{settings['tries']} tries, medians of {settings['rounds']} rounds; × is the median ratio to",
+        "float32 eager in the same round.",
         "",
         "| variant | decode tok/s | × | prefill tok/s | × | resident MB | first calls, s |",
         "|---|---|---|---|---|---|---|",
