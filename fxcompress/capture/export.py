@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,9 @@ def _export(
     for flat in attempts:
         dynamic = [_dynamic_dims(leaf) for leaf in flat]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                # Recurrent modules keep state between calls as plain attributes; torch puts them back.
+                warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
                 exported = torch.export.export(
                     _FlatCall(model, spec), (flat,), dynamic_shapes=(dynamic,), strict=False
                 )
