@@ -140,7 +140,8 @@ class RegionCompiler:
 
         with torch.no_grad():
             lowered = trace_pre_dispatch(run, fakes, mode)
-            kept, used = _drop_unused_inputs(lowered, len(inputs))
+            scalars = {index for index, value in enumerate(fakes) if isinstance(value, torch.SymInt)}
+            kept, used = _drop_unused_inputs(lowered, len(inputs), scalars)
             function = self.compiler(lowered, [fakes[index] for index in kept + used])
         return _Compiled(function, tuple(kept), tuple(keys[index - len(inputs)] for index in used), symbols)
 
@@ -188,11 +189,16 @@ def translate(plan: Plan, node_map: Mapping[fx.Node, fx.Node]) -> Plan:
     )
 
 
-def _drop_unused_inputs(module: fx.GraphModule, n_values: int) -> tuple[list[int], list[int]]:
-    """Remove unread placeholders; returns the indices kept below and from ``n_values`` on."""
+def _drop_unused_inputs(
+    module: fx.GraphModule, n_values: int, scalars: set[int]
+) -> tuple[list[int], list[int]]:
+    """Remove unread placeholders; returns the indices kept below and from ``n_values`` on.
+
+    Symbolic ``scalars`` stay: generated code may need their values for sizes that no tensor shows.
+    """
     kept = []
     for index, node in enumerate([node for node in module.graph.nodes if node.op == "placeholder"]):
-        if node.users:
+        if node.users or index in scalars:
             kept.append(index)
         else:
             module.graph.erase_node(node)
@@ -211,12 +217,12 @@ def _fake(value: Any, mode: FakeTensorMode | None) -> Any:
     return mode.from_tensor(value, static_shapes=True)
 
 
-def _expressions(node: fx.Node) -> list[sympy.Expr]:
+def _expressions(node: fx.Node, *, strides: bool = True) -> list[sympy.Expr]:
     value = node.meta.get("val")
     sizes: list[Any] = []
     for leaf in value if isinstance(value, list | tuple) else [value]:
         if isinstance(leaf, Tensor):
-            sizes += [*leaf.shape, *leaf.stride()]
+            sizes += [*leaf.shape, *(leaf.stride() if strides else ())]
         else:
             sizes.append(leaf)
     return [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
@@ -236,7 +242,7 @@ def _plain_symbols(nodes: Sequence[fx.Node]) -> set[sympy.Symbol]:
     return {
         expression
         for node in nodes
-        for expression in _expressions(node)
+        for expression in _expressions(node, strides=False)
         if isinstance(expression, sympy.Symbol)
     }
 

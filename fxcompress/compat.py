@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch._dynamo import trace_rules
 from torch._dynamo.external_utils import wrap_inline
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+RECOMPILE_LIMIT = 64
+"""Graphs Dynamo may keep per function of a compressed model: shapes, caches, generation stages."""
 
 
 def placeholder_source(node: fx.Node) -> str | None:
@@ -66,4 +70,9 @@ def compile_in_place(module: nn.Module, backend: Any) -> None:
     call = module._call_impl
     if trace_rules.check(module.forward):
         call = wrap_inline(call)
-    module._compiled_call_impl = torch.compile(call, backend=backend)
+    options: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
+        # Code that models share (wrappers of one library) counts against one limit otherwise; past it Dynamo
+        # runs the module as it is, which for ghosts means NaN.
+        options = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+    module._compiled_call_impl = torch.compile(call, backend=backend, **options)

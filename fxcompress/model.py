@@ -53,6 +53,7 @@ class CompressedModel:
         replaced = {name for name in names if artifact.is_replaced(name)}
         values = {name: artifact.tensors[name] for name in names - replaced}
         self.model = ghost_copy(module, values, replaced, self._store)
+        artifact.restore_buffers(self.model)
         weights.update(dict(self.model.named_parameters()))
         self.artifact = artifact
         self.report = Report.from_dict(artifact.report)

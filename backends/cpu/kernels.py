@@ -111,7 +111,11 @@ class Int8Int8(Kernel):
         """See :meth:`Kernel.run`."""
         assert quantized is not None
         codes = quantized.codes.reshape(-1, spec.columns)
-        product = torch._int_mm(codes, packed["values"].t()).float()
+        single = spec.tokens == 1
+        # aten::_int_mm (torch 2.13) is wrong for one row whose stride of the row dimension is not K, and
+        # Inductor is free to choose that stride: two rows have only one layout.
+        rows = F.pad(codes, (0, 0, 0, 1)) if single else codes
+        product = torch._int_mm(rows, packed["values"].t())[: 1 if single else None].float()
         zero = quantized.zero
         if zero is not None:
             product = product - zero.float() * packed["total"].float()
