@@ -67,6 +67,8 @@ def compile_in_place(module: nn.Module, backend: Any) -> None:
     Dynamo skips frames of torch's own modules (``nn.Sequential``); one frame of a plain function around the
     call makes it look inside.
     """
+    if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+        torch._dynamo.config.allow_rnn = True  # else Dynamo runs recurrent layers as they are: on ghosts
     call = module._call_impl
     if trace_rules.check(module.forward):
         call = wrap_inline(call)
