@@ -25,8 +25,8 @@ from fxcompress.backends.cpu.layouts import (
     unpack_int4_blocked,
 )
 
-# From this many rows on, unpacking the weight to bfloat16 and multiplying with oneDNN beats ATen's
-# weight-only kernels, whose time grows linearly with the rows (measured by tests/benchmarks/kernels.py).
+# From this many rows on, the weight is unpacked to bfloat16 and multiplied with oneDNN: the time of ATen's
+# weight-only kernels grows linearly with the rows. The exact threshold is a choice, not yet a measurement.
 MANY_ROWS = 16
 
 # aten::_weight_int8pack_mm (torch 2.13) reads past the end of rows of any other length: wrong results or a
