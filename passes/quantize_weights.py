@@ -102,9 +102,8 @@ class QuantizeWeights(SelectivePass):
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetWeight` or a :class:`Refuse` for every weight of the block."""
         self.check_patterns(block.program)
-        matrix = self.format_of(Role.MATRIX)
-        if block.index == 0 and matrix is not None:
-            check_group_size(self.name, block.program, matrix.group_size)
+        if block.index == 0 and self.group_size is not None:  # a default adapts, see fitting_format
+            check_group_size(self.name, block.program, self.group_size)
         for candidate in candidates(block):
             if self.only_remaining and block.state.is_compressed(candidate.name):
                 continue
