@@ -21,6 +21,7 @@ import fxcompress.ops  # noqa: F401  (registers the operators)
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.sites import find_sites
 from fxcompress.capture.program import Program
+from fxcompress.compat import fake_mode_of
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError
 from fxcompress.forms import DynamicPerToken, QuantizedWeight, Scale, SiteForm, StaticPerTensor, WeightTerm
@@ -73,9 +74,29 @@ def apply_state(
     for site in find_sites(program) if sites is None else sites:
         rewriter.rewrite(site)
     rewriter.finish(program)
+    _annotate(graph)
     graph.lint()
     module.recompile()
     return applied
+
+
+def _annotate(graph: fx.Graph) -> None:
+    """Give the inserted nodes the ``meta["val"]`` that every node of a graph has."""
+    mode = fake_mode_of([node.meta.get("val") for node in graph.nodes])
+    if mode is None:
+        return
+
+    def value(node: fx.Node) -> object:
+        val = node.meta["val"]
+        if isinstance(val, torch.Tensor) and val.device.type == "meta":
+            val = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype)
+        return val
+
+    with mode, torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "call_function" and "val" not in node.meta:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+                node.meta["val"] = node.target(*args, **kwargs)
 
 
 class _Rewriter:

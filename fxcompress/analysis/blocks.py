@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 _MIN_REPEATS = 2
 _MIN_NODES = 4
+_WEIGHT_CROSSING = 100  # more than the activations that ever cross between two layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +201,7 @@ def _align(nodes: Sequence[fx.Node], start: int, period: int, length: int) -> tu
     last_use = [
         max((index.get(user, len(nodes)) for user in node.users), default=k) for k, node in enumerate(nodes)
     ]
+    cost = _crossing_costs(nodes)
     slack = (length + period) % period
     total = (length + period) // period
     best: tuple[tuple[int, int], tuple[int, int, int]] | None = None
@@ -209,7 +211,7 @@ def _align(nodes: Sequence[fx.Node], start: int, period: int, length: int) -> tu
         if repeats < _MIN_REPEATS:
             continue
         cut = first + period
-        crossing = sum(1 for k in range(first, cut) if last_use[k] >= cut)
+        crossing = sum(cost[k] for k in range(first, cut) if last_use[k] >= cut)
         key = (crossing, -repeats)
         if best is None or key < best[0]:
             best = (key, (first, period, repeats))
@@ -217,6 +219,21 @@ def _align(nodes: Sequence[fx.Node], start: int, period: int, length: int) -> tu
         return (start, period, 0)
     first, period, repeats = best[1]
     return (first, period, _isomorphic_repeats(nodes, index, first, period, repeats))
+
+
+def _crossing_costs(nodes: Sequence[fx.Node]) -> list[int]:
+    """What it costs to cut between a node and its use.
+
+    Values made from inputs of the graph alone are mostly weights on their way to their use (transposed, cast,
+    dequantized): a cut behind one would hold a dense weight between blocks and hide from the next block what
+    it multiplies with.
+    """
+    from_inputs: dict[fx.Node, bool] = {}
+    for node in nodes:
+        sources = node.all_input_nodes
+        given = all(s.op in ("placeholder", "get_attr") or from_inputs.get(s, False) for s in sources)
+        from_inputs[node] = bool(sources) and given
+    return [_WEIGHT_CROSSING if from_inputs[node] else 1 for node in nodes]
 
 
 def _isomorphic_repeats(
