@@ -73,7 +73,7 @@ class CompressedModel:
         self._compiler = backend_class(backend)(self._store)
         for module in entry_points(self.model):
             compile_in_place(module, self._compiler)
-        refuse_state_dict(self.model)
+        guard_ghosts(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -124,23 +124,47 @@ def entry_points(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def refuse_state_dict(model: nn.Module) -> None:
-    """Make ``load_state_dict`` on a ghosted module fail with an explanation instead of a stride error."""
+def guard_ghosts(model: nn.Module) -> None:
+    """Make what a ghosted module cannot do fail with an explanation.
 
-    def hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
-        for name, parameter in module._parameters.items():
-            assigned = metadata.get("assign_to_params_buffers", False)
-            if f"{prefix}{name}" in state_dict and ghost_tag(parameter) is not None and not assigned:
-                raise FxCompressError(
-                    f"{prefix}{name}: is compressed, its values cannot be overwritten.",
-                    fix="compress the model that has the new weights, or load_state_dict(..., assign=True).",
-                )
-
-    for submodule in model.modules():
-        has_ghosts = any(ghost_tag(parameter) is not None for parameter in submodule._parameters.values())
-        if has_ghosts and not getattr(submodule, "_fxcompress_guarded", False):
-            submodule.register_load_state_dict_pre_hook(hook)
+    ``load_state_dict`` would end in a stride error, and a call that escapes compilation (Dynamo gave up on the
+    code, or met its limit of recompilations) in NaN.
+    """
+    for name, submodule in model.named_modules():
+        own = [key for key, parameter in submodule._parameters.items() if ghost_tag(parameter) is not None]
+        if own and not getattr(submodule, "_fxcompress_guarded", False):
+            submodule.register_load_state_dict_pre_hook(_refuse_state_dict)
+            submodule.register_forward_pre_hook(_RefuseEager(f"{name}.{own[0]}".lstrip(".")))
             submodule._fxcompress_guarded = True  # type: ignore[assignment]
+
+
+def _refuse_state_dict(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, *_: Any
+) -> None:
+    for name, parameter in module._parameters.items():
+        assigned = metadata.get("assign_to_params_buffers", False)
+        if f"{prefix}{name}" in state_dict and ghost_tag(parameter) is not None and not assigned:
+            raise FxCompressError(
+                f"{prefix}{name}: is compressed, its values cannot be overwritten.",
+                fix="compress the model that has the new weights, or load_state_dict(..., assign=True).",
+            )
+
+
+class _RefuseEager:
+    """A forward hook that Dynamo traces to nothing and that Python, running uncompiled, trips over."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling() and any(
+            ghost_tag(parameter) is not None for parameter in module._parameters.values()
+        ):
+            raise FxCompressError(
+                f"{self.name}: is compressed, and the code that uses it was not compiled: Dynamo left it to Python"
+                " (a graph break inside it, or the recompilation limit after many input shapes).",
+                fix="see TORCH_LOGS=graph_breaks,recompiles; pad inputs to fewer shapes.",
+            )
 
 
 def temporary_artifact(artifact: Artifact, tokenizer: Any | None) -> tuple[Artifact, str]:

@@ -72,14 +72,21 @@ def perplexity(plan: Plan, state: CompressionState, windows: Tensor) -> float:
     return math.exp(float(torch.stack(losses).mean()))
 
 
-def measure(model: Any, tokenizer: Any, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(
+    model: Any, tokenizer: Any, options: argparse.Namespace, known: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and results of every case; ``known`` are the rows measured before, for the float32 baseline."""
     example = {"input_ids": torch.arange(64).view(2, 32), "use_cache": False}
     program = capture_model(model, (), example)
     plan = Plan(program)
     texts = held_out(tokenizer, options.windows)
     data: dict[str, Any] = {}
-    base = {kind: perplexity(plan, CompressionState(program.weights), rows) for kind, rows in texts.items()}
-    yield "fp32", {"perplexity": base}
+    if "fp32" in known:
+        base = known["fp32"]["perplexity"]
+    else:
+        original = CompressionState(program.weights)
+        base = {kind: perplexity(plan, original, rows) for kind, rows in texts.items()}
+        yield "fp32", {"perplexity": base}
     for name, (recipe, source) in CASES.items():
         if options.only and name not in options.only:
             continue
@@ -118,14 +125,19 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = packaged_model()
     path = RESULTS / "quality.json"
+    protocol = f"{options.windows} windows of 512 tokens per text, {options.samples} calibration samples"
     content = json.loads(path.read_text()) if path.exists() else {}
-    content["environment"] = environment(["-m", "tests.benchmarks.quality", *sys.argv[1:]])
-    content["protocol"] = (
-        f"{options.windows} windows of 512 tokens per text, {options.samples} calibration samples"
-    )
+    if content.get("protocol") != protocol:  # figures of another protocol are not comparable
+        content = {"protocol": protocol}
+    content["environment"] = environment(["-m", "tests.benchmarks.quality"])
+    unknown = sorted(set(options.only) - set(CASES))
+    if unknown:
+        raise SystemExit(f"unknown case(s) {unknown}; known are {list(CASES)}")
     for kind in options.model:
-        for name, row in measure(model if kind == "packaged" else off_grid(model), tokenizer, options):
-            content.setdefault(kind, {})[name] = row
+        rows = content.setdefault(kind, {})
+        chosen = model if kind == "packaged" else off_grid(model)
+        for name, row in measure(chosen, tokenizer, options, rows):
+            rows[name] = row
             write("quality", content)
             sys.stderr.write(f"{kind}: {name}: {row}\n")
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxcompress
+from fxcompress.errors import FxCompressError
 from tests.zoo import entry, scores
 
 
@@ -50,6 +51,18 @@ def test_many_models_in_one_process() -> None:
         for length in (5, 9):
             ids = animal.tensors(batch=2, seq=length)["input_ids"]
             assert torch.isfinite(scores(small(input_ids=ids, use_cache=False))).all()
+
+
+@torch.no_grad()
+def test_code_that_escapes_compilation_is_an_error_and_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxcompress.compat.RECOMPILE_LIMIT", 1)
+    animal = entry("llama")
+    small = fxcompress.compress(animal.build(), "w8a8", progress=False, verify="off")
+    small.set_backend("eager")
+    assert torch.isfinite(scores(small(**animal.tensors(batch=2, seq=5), use_cache=False))).all()
+    with pytest.raises(FxCompressError, match=r"weight: is compressed, .* not compiled: .*recompilation limit"):
+        for length in (6, 7, 8):
+            small(**animal.tensors(batch=2, seq=length), use_cache=False)
 
 
 @torch.no_grad()
