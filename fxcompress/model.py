@@ -127,8 +127,8 @@ def entry_points(model: nn.Module) -> list[nn.Module]:
 def guard_ghosts(model: nn.Module) -> None:
     """Make what a ghosted module cannot do fail with an explanation.
 
-    ``load_state_dict`` would end in a stride error, and a call that escapes compilation (Dynamo gave up on the
-    code, or met its limit of recompilations) in NaN.
+    ``load_state_dict`` would end in a stride error, and a call that escapes compilation (Dynamo gave up on
+    the code, or met its limit of recompilations) in NaN.
     """
     for name, submodule in model.named_modules():
         own = [key for key, parameter in submodule._parameters.items() if ghost_tag(parameter) is not None]
@@ -161,8 +161,8 @@ class _RefuseEager:
             ghost_tag(parameter) is not None for parameter in module._parameters.values()
         ):
             raise FxCompressError(
-                f"{self.name}: is compressed, and the code that uses it was not compiled: Dynamo left it to Python"
-                " (a graph break inside it, or the recompilation limit after many input shapes).",
+                f"{self.name}: is compressed, and the code that uses it was not compiled: Dynamo left it to"
+                " Python (a graph break inside it, or the recompilation limit after many input shapes).",
                 fix="see TORCH_LOGS=graph_breaks,recompiles; pad inputs to fewer shapes.",
             )
 
