@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxcompress.backends.cpu import attention
 from fxcompress.backends.cpu.kernels import Kernel, LinearSpec, QuantizedInput, choose_kernel
 from fxcompress.backends.cpu.layouts import INT8_ROWS, Layout
 
@@ -203,6 +204,8 @@ class LoweringInterpreter(fx.Interpreter):
             return self._linear(n)
         if n in self.plan.embeddings:
             return self._embedding(n)
+        if attention.decodes(n):
+            return attention.attend(n, lambda argument: fx.node.map_arg(argument, lambda a: self.env[a]))
         if (
             n.target in (ops.dequantize_weight.default, aten.t.default)
             and n.users
