@@ -66,6 +66,25 @@ def off_grid(model: Any, *, spread: float = 0.3, seed: int = 1) -> Any:
     return clone
 
 
+@torch.no_grad()
+def with_outlier(model: Any, *, factor: float = 50.0, channel: int = 100) -> Any:
+    """A copy that computes the same function, one channel of every norm's output ``factor`` times larger.
+
+    The channel's gain is multiplied and the columns that read it divided: hard for quantized activations.
+    """
+    clone = copy.deepcopy(model)
+    for layer in clone.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            norm.weight[channel] *= factor
+            for reader in readers:
+                reader.weight[:, channel] /= factor
+    return clone
+
+
 def windows(text: str, tokenizer: Any, count: int) -> Tensor:
     """``[count, 512]`` windows spread evenly over the text."""
     ids = tokenizer(text, return_tensors="pt").input_ids[0]

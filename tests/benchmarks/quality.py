@@ -1,9 +1,10 @@
-"""Perplexity of every recipe on two kinds of held-out text, for the packaged model and its off-grid copy.
+"""Perplexity of many recipes on two kinds of held-out text, for the packaged model and copies of it.
 
-Run: python -m tests.benchmarks.quality [--windows 8] [--samples 16] [--only NAME ...]
+Run: python -m tests.benchmarks.quality [--suite quality] [--windows 8] [--samples 16] [--only NAME ...]
 
 Models are evaluated as their forms define them (the engine's reference interpreter, float32 activations),
-so figures do not depend on kernels. Results are added to ``results/quality.json`` as they come.
+so figures do not depend on kernels. Results are added to ``results/SUITE.json`` as they come; rows measured
+already are kept unless they are named.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,31 +33,15 @@ from tests.benchmarks.common import (
     held_out,
     off_grid,
     packaged_model,
+    with_outlier,
     write,
 )
+from tests.benchmarks.suites import SUITES
 
-
-def rtn(bits: int, group: int, *, search: bool = False) -> list[Any]:
-    return [{"quantize-weights": {"bits": bits, "group_size": group, "search": search}}]
-
-
-def gptq(group: int, **options: Any) -> list[Any]:
-    rest = {"quantize-weights": {"bits": 4, "group_size": group, "only_remaining": True}}
-    return [{"gptq": {"bits": 4, "group_size": group, **options}}, rest]
-
-
-# name: (recipe, calibration: None | "documentation" | "self")
-CASES: dict[str, tuple[Any, str | None]] = {
-    "w8a16": ("w8a16", None),
-    "w4 g64, round to nearest": (rtn(4, 64), None),
-    "w4 g64, gptq on documentation": (gptq(64), "documentation"),
-    "w8a8": ("w8a8", None),
-    "w8a8-smooth on documentation": ("w8a8-smooth", "documentation"),
-    "w4 g128, round to nearest": (rtn(4, 128), None),
-    "w4 g128, gptq on documentation": (gptq(128), "documentation"),
-    "w4 g64, gptq on the model's own text": (gptq(64), "self"),
-    "w4 g64, round to nearest, range search": (rtn(4, 64, search=True), None),
-    "w4 g64, gptq without shrinkage on documentation": (gptq(64, shrinkage=0.0), "documentation"),
+MODELS: dict[str, Callable[[Any], Any]] = {
+    "packaged": lambda model: model,
+    "off-grid": off_grid,
+    "outlier": with_outlier,
 }
 
 
@@ -87,8 +72,8 @@ def measure(
         original = CompressionState(program.weights)
         base = {kind: perplexity(plan, original, rows) for kind, rows in texts.items()}
         yield "fp32", {"perplexity": base}
-    for name, (recipe, source) in CASES.items():
-        if options.only and name not in options.only:
+    for name, (recipe, source) in SUITES[options.suite].items():
+        if name not in options.only if options.only else name in known:
             continue
         started = time.perf_counter()
         if source is not None and source not in data:
@@ -116,29 +101,27 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", choices=list(SUITES), default="quality")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument(
-        "--model", choices=["packaged", "off-grid"], nargs="*", default=["packaged", "off-grid"]
-    )
+    parser.add_argument("--model", choices=list(MODELS), nargs="*", default=["packaged", "off-grid"])
     options = parser.parse_args()
     model, tokenizer = packaged_model()
-    path = RESULTS / "quality.json"
+    path = RESULTS / f"{options.suite}.json"
     protocol = f"{options.windows} windows of 512 tokens per text, {options.samples} calibration samples"
     content = json.loads(path.read_text()) if path.exists() else {}
     if content.get("protocol") != protocol:  # figures of another protocol are not comparable
         content = {"protocol": protocol}
-    content["environment"] = environment(["-m", "tests.benchmarks.quality"])
-    unknown = sorted(set(options.only) - set(CASES))
+    content["environment"] = environment(["-m", "tests.benchmarks.quality", "--suite", options.suite])
+    unknown = sorted(set(options.only) - set(SUITES[options.suite]))
     if unknown:
-        raise SystemExit(f"unknown case(s) {unknown}; known are {list(CASES)}")
+        raise SystemExit(f"unknown case(s) {unknown}; known are {list(SUITES[options.suite])}")
     for kind in options.model:
         rows = content.setdefault(kind, {})
-        chosen = model if kind == "packaged" else off_grid(model)
-        for name, row in measure(chosen, tokenizer, options, rows):
+        for name, row in measure(MODELS[kind](model), tokenizer, options, rows):
             rows[name] = row
-            write("quality", content)
+            write(options.suite, content)
             sys.stderr.write(f"{kind}: {name}: {row}\n")
 
 

@@ -1,0 +1,74 @@
+"""What the quality measurements compare: recipes by name, in two suites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Case = tuple[Any, str | None]  # recipe; calibration: None | "documentation" | "self"
+
+DOCUMENTATION = "documentation"
+
+
+def rtn(bits: int, group: int, *, search: bool = False) -> list[Any]:
+    return [{"quantize-weights": {"bits": bits, "group_size": group, "search": search}}]
+
+
+def gptq(group: int, *before: Any, **options: Any) -> list[Any]:
+    rest = {"quantize-weights": {"bits": 4, "group_size": group, "only_remaining": True}}
+    return [*before, {"gptq": {"bits": 4, "group_size": group, **options}}, rest]
+
+
+def both(bits: tuple[int, int], *before: Any, **activations: Any) -> list[Any]:
+    """Weights and activations of ``bits``: per row at 8 and 6 bits, in groups of 64 at 4."""
+    weight_bits, activation_bits = bits
+    group = 64 if weight_bits < 6 else 0
+    return [
+        *before,
+        {"quantize-weights": {"bits": weight_bits, "group_size": group, "only_remaining": True}},
+        {"quantize-activations": {"bits": activation_bits, "mode": "dynamic", **activations}},
+    ]
+
+
+WEIGHTS: dict[str, Case] = {
+    "w8a16": ("w8a16", None),
+    "w4 g64, round to nearest": (rtn(4, 64), None),
+    "w4 g64, gptq on documentation": (gptq(64), DOCUMENTATION),
+    "w4 g128, round to nearest": (rtn(4, 128), None),
+    "w4 g128, gptq on documentation": (gptq(128), DOCUMENTATION),
+    "w4 g64, gptq on the model's own text": (gptq(64), "self"),
+    "w8a8": ("w8a8", None),
+    "w8a8-smooth on documentation": ("w8a8-smooth", DOCUMENTATION),
+    "w4 g64, round to nearest, range search": (rtn(4, 64, search=True), None),
+    "w4 g64, awq on documentation": ("w4a16-awq", DOCUMENTATION),
+    "w4 g64, awq and gptq on documentation": ("w4a16-awq-gptq", DOCUMENTATION),
+    "w4 g64, gptq without shrinkage on documentation": (gptq(64, shrinkage=0.0), DOCUMENTATION),
+}
+
+
+def activation_cases() -> dict[str, Case]:
+    """W8A8, W6A6 and W4A8 by every method of the family."""
+    found: dict[str, Case] = {}
+    for name, bits in (("w8a8", (8, 8)), ("w6a6", (6, 6)), ("w4a8", (4, 8))):
+        found[f"{name}, plain"] = (both(bits), None)
+        found[f"{name}, static, plain"] = (both(bits, mode="static"), DOCUMENTATION)
+        smooth = {"smooth-activations": {"alpha": "search"}}
+        found[f"{name}, SmoothQuant 0.5"] = (
+            both(bits, {"smooth-activations": {"alpha": 0.5}}),
+            DOCUMENTATION,
+        )
+        found[f"{name}, SmoothQuant searched"] = (both(bits, smooth), DOCUMENTATION)
+        found[f"{name}, static, SmoothQuant searched"] = (both(bits, smooth, mode="static"), DOCUMENTATION)
+        found[f"{name}, OS+"] = (both(bits, "suppress-outliers"), DOCUMENTATION)
+        found[f"{name}, RPTQ (static clusters)"] = (
+            both(bits, "reorder-channels", mode="cluster"),
+            DOCUMENTATION,
+        )
+        if bits == (8, 8):
+            found["w8a8, LLM.int8()"] = ("w8a8-outlier-split", None)
+            found["w8a8, fixed outlier columns"] = ("w8a8-outlier-columns", DOCUMENTATION)
+            found["fp8"] = ("fp8", None)
+            found["fp8, static"] = ("fp8-static", DOCUMENTATION)
+    return found
+
+
+SUITES: dict[str, dict[str, Case]] = {"quality": WEIGHTS, "activations": activation_cases()}
