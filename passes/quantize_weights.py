@@ -113,6 +113,10 @@ class QuantizeWeights(SelectivePass):
         group_size = (0 if eight else _GROUP) if self.group_size is None else self.group_size
         return IntFormat(bits=self.bits, symmetric=symmetric, group_size=group_size)
 
+    def matrix_format(self) -> IntFormat | None:
+        """See :meth:`Pass.matrix_format`."""
+        return self.format_of(Role.MATRIX)
+
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetWeight` or a :class:`Refuse` for every weight of the block."""
         self.check_patterns(block.program)
