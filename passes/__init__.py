@@ -14,6 +14,7 @@ from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.smooth_activations import SmoothActivations
+from fxcompress.passes.suppress_outliers import SuppressOutliers
 
 __all__ = [
     "Awq",
@@ -23,4 +24,5 @@ __all__ = [
     "QuantizeActivations",
     "QuantizeWeights",
     "SmoothActivations",
+    "SuppressOutliers",
 ]

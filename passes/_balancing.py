@@ -108,7 +108,7 @@ class BalancingPass(SelectivePass):
         if self.search is not None and groups:
             sites = [site for group in groups for site in group.sites]
             samples = sample_rows(block, sites, self.search[1])
-        for group in groups:
+        for group in self.ordered(groups):
             error = (
                 None
                 if self.search is None
@@ -119,6 +119,10 @@ class BalancingPass(SelectivePass):
                 refused.update(dict.fromkeys(group.site_names, reason))
         for name, why in refused.items():
             yield Refuse(name, why)
+
+    def ordered(self, groups: list[SmoothingGroup]) -> list[SmoothingGroup]:
+        """The order in which groups are balanced."""
+        return groups
 
     def balance(self, work: Work) -> Generator[Edit, None, str | None]:
         """Yield the edits of one group; returns why there are none."""
@@ -171,6 +175,10 @@ class BalancingPass(SelectivePass):
         taken: list[SmoothingGroup] = []
         for group in groups:
             reason = self._unselected_member(block, group)
+            if reason is None and block.state.form(group.name).bias is not None:
+                reason = (
+                    f"{group.name}: an earlier pass has moved its bias, which would have to be scaled along"
+                )
             if reason is None and heads.issuperset(group.site_names):
                 reason = "output head: its input stays unquantized (heads=False)"
             if reason is not None:

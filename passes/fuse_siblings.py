@@ -18,7 +18,14 @@ from torch import fx
 
 from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, FuseSites, Refuse
-from fxcompress.forms import ActivationQuantizer, DynamicPerToken, QuantizedWeight, SiteForm, StaticPerTensor
+from fxcompress.forms import (
+    ActivationQuantizer,
+    DynamicPerToken,
+    QuantizedWeight,
+    SiteForm,
+    StaticPerTensor,
+    same_transform,
+)
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._selection import Candidate, SelectivePass, candidates
 
@@ -89,13 +96,13 @@ class FuseSiblings(SelectivePass):
             return "its weight is not quantized"
         if form.terms[0].group_size == -1:
             return "one scale per matrix does not extend to a larger matrix"
-        if form.transform_in or form.transform_out:
-            return "it has a transform of its own"
+        if form.transform_out:
+            return "its output has a transform of its own"
         return None
 
 
 def _same_product(left: SiteForm, right: SiteForm) -> bool:
-    """Whether two quantized linear sites differ in their codes, scales and number of rows only."""
+    """Whether two quantized linear sites differ in their codes, scales, biases and number of rows only."""
     a, b = left.terms[0], right.terms[0]
     return (
         isinstance(a, QuantizedWeight)
@@ -103,6 +110,8 @@ def _same_product(left: SiteForm, right: SiteForm) -> bool:
         and a.format == b.format
         and a.scale.dtype == b.scale.dtype
         and _same_quantizer(left.activation, right.activation)
+        and len(left.transform_in) == len(right.transform_in)
+        and all(map(same_transform, left.transform_in, right.transform_in))
     )
 
 

@@ -208,6 +208,19 @@ class SmoothingGroup:
             _scatter_max(held, consumer.columns, found.expand(consumer.columns.shape))
         return held
 
+    def input_max(self, maximum: Mapping[str, Tensor]) -> Tensor:
+        """``[C]`` float64: greatest value of each channel at the sites' inputs; -inf where none is known.
+
+        Args:
+            maximum: ``[K]`` per input, by ``site.input.name``.
+        """
+        held = torch.full((self.channels,), -torch.inf, dtype=torch.float64)
+        for consumer in self.consumers:
+            if consumer.input_name in maximum:
+                found = maximum[consumer.input_name].detach().to("cpu", torch.float64)
+                _scatter_max(held, consumer.columns, found.expand(consumer.columns.shape))
+        return held
+
     def weight_absmax(self, weight: Callable[[str], Tensor]) -> Tensor:
         """``[C]`` float64: largest magnitude of each channel's columns over all consumers."""
         held = torch.zeros(self.channels, dtype=torch.float64)
