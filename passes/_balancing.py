@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.blocks import find_blocks
+from fxcompress.analysis.site_types import Site
 from fxcompress.analysis.sites import find_sites
 from fxcompress.analysis.smoothing import SmoothingAnalysis, SmoothingGroup, find_smoothing_groups
 from fxcompress.analysis.smoothing_explicit import explicit_groups
@@ -156,12 +157,12 @@ class BalancingPass(SelectivePass):
 
     def groups(self, block: BlockContext) -> tuple[list[SmoothingGroup], dict[str, str]]:
         """The groups of a block to scale, and for every other product with an activation the reason."""
-        analysis = _analyze(block, self.fold_linear)
+        analysis, sites = _analyze(block, self.fold_linear)
         refused = {site.name: reason for site, reason in reversed(analysis.refused)}
         groups = self._select(block, analysis.groups, refused)
         if self.explicit:
             left = {site for site, _ in analysis.refused}
-            more, why = explicit_groups(block.program, find_sites(block.program), left)
+            more, why = explicit_groups(block.program, sites, left)
             for site, reason in why.items():
                 refused[site.name] = f"{refused[site.name]}; {reason}"
             groups += self._select(block, more, refused)
@@ -266,8 +267,8 @@ def check_weight_format(name: str, weights: IntFormat, later: Sequence[Pass]) ->
         )
 
 
-def _analyze(block: BlockContext, fold_linear: bool) -> SmoothingAnalysis:
-    """Groups that lie wholly inside the block: producer, path and all sites."""
+def _analyze(block: BlockContext, fold_linear: bool) -> tuple[SmoothingAnalysis, list[Site]]:
+    """Groups that lie wholly inside the block (producer, path, all sites), and the sites of the program."""
     program = block.program
     mine = {site.node for site in block.sites}
     others = [site for site in find_sites(program) if site.node not in mine]
@@ -275,7 +276,8 @@ def _analyze(block: BlockContext, fold_linear: bool) -> SmoothingAnalysis:
     names = frozenset().union(*(part for part in _block_names(program.graph) if not part.isdisjoint(here)))
     inside = {node for node in program.graph.nodes if node.name in names}
     inside.difference_update(site.node for site in others)
-    return find_smoothing_groups(program, [*block.sites, *others], inside, fold_linear=fold_linear)
+    sites = [*block.sites, *others]
+    return find_smoothing_groups(program, sites, inside, fold_linear=fold_linear), sites
 
 
 # By name: nodes would keep their graph alive, and with it the entry.

@@ -83,7 +83,9 @@ class FuseSiblings(SelectivePass):
             if len(names) > 1:
                 yield FuseSites(names, reason=f"{len(names)} products of the same input")
             else:
-                yield Refuse(names[0], "not fused with its siblings: none has the same number format")
+                yield Refuse(
+                    names[0], "not fused with its siblings: none has the same number format and input"
+                )
 
     def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
         form = block.state.form(candidate.name)
