@@ -13,6 +13,7 @@ import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,7 +25,17 @@ from fxcompress.capture.program import Program
 from fxcompress.compat import fake_mode_of
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError
-from fxcompress.forms import DynamicPerToken, QuantizedWeight, Scale, SiteForm, StaticPerTensor, WeightTerm
+from fxcompress.forms import (
+    DynamicPerToken,
+    QuantizedWeight,
+    Scale,
+    Shift,
+    SiteForm,
+    StaticPerTensor,
+    Transform,
+    WeightTerm,
+    same_transform,
+)
 
 ops = torch.ops.fxcompress
 aten = torch.ops.aten
@@ -109,6 +120,7 @@ class _Rewriter:
         self.node_map = node_map
         self.activations: dict[tuple[object, ...], fx.Node] = {}
         self.form_nodes: dict[TensorRef, fx.Node] = {}
+        self.transformed: list[tuple[fx.Node, Transform, fx.Node]] = []  # value, transform, result
 
     def rewrite(self, site: Site) -> None:
         form = self.state.forms.get(site.name)
@@ -127,10 +139,12 @@ class _Rewriter:
             elif site.kind is SiteKind.LINEAR:
                 self._linear(site, node, form)
             # every other use reads the dequantized parameter: see finish()
-        if form.transform_out or form.bias is not None:
-            raise BackendError(
-                f"{site.name}: output transforms and new biases are not representable in this version."
-            )
+        if form.transform_in and site.kind is SiteKind.EMBEDDING:
+            self._looked_up(site, form)
+        if form.bias is not None:
+            self._bias(site)
+        if form.transform_out:
+            raise BackendError(f"{site.name}: output transforms are not representable in this version.")
 
     def finish(self, program: Program) -> None:
         """Give remaining uses of a compressed parameter its dequantized value; drop unread weights."""
@@ -179,6 +193,40 @@ class _Rewriter:
             )
         self._replace(node, new)
 
+    def _looked_up(self, site: Site, form: SiteForm) -> None:
+        """Apply the transforms of the contracted dimension to looked-up rows, whose last dimension it is."""
+        node = self.node_map[site.node]
+        users = list(node.users)
+        self._redirect(node, users, self._transformed(site, form, node, node.next))
+
+    def _bias(self, site: Site) -> None:
+        """Replace a site's bias by that of its form, or add one."""
+        node = self.node_map[site.node]
+        if site.bias_node is None and site.kind is not SiteKind.LINEAR:
+            raise BackendError(
+                f"{site.name}: a {site.kind.value} site without a bias cannot be given one in this version."
+            )
+        bias = self._form_input(TensorRef(site.name, "bias"))
+        with self.graph.inserting_before(node):
+            bias = self.graph.call_function(aten.to.dtype, (bias, _value_dtype(site.node)))
+        if site.bias_node is not None:
+            node.replace_input_with(self.node_map[site.bias_node], bias)
+            return
+
+        users = list(node.users)
+        with self.graph.inserting_before(node.next):
+            new = self.graph.call_function(aten.add.Tensor, (node, bias))
+        self._redirect(node, users, new)
+
+    def _redirect(self, node: fx.Node, users: Sequence[fx.Node], new: fx.Node) -> None:
+        """Let ``users`` and later rewrites read ``new`` instead of ``node``."""
+        for user in users:
+            user.replace_input_with(node, new)
+        new.meta = dict(node.meta)
+        for old, mapped in self.node_map.items():
+            if mapped is node:
+                self.node_map[old] = new
+
     def _replace(self, node: fx.Node, new: fx.Node) -> None:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
@@ -191,15 +239,7 @@ class _Rewriter:
         """Insert input transforms and the activation quantizer before the site."""
         assert site.input is not None
         x = self.node_map[site.input]
-        new = x
-        for transform in form.transform_in:
-            if not isinstance(transform, Scale):
-                raise BackendError(
-                    f"{site.name}: {transform.kind} transforms are not representable in this version."
-                )
-            index = form.transform_in.index(transform)
-            factor = self._form_input(TensorRef(site.name, f"transform_in.{index}.factor"))
-            new = self._shared(("scale", x, site.name, index), node, aten.mul.Tensor, (new, factor))
+        new = self._transformed(site, form, x, node)
         new = self._quantize(site, node, new, form)
         if new is not x:
             node.args = tuple(
@@ -209,6 +249,31 @@ class _Rewriter:
             if node.target is aten.einsum.default:
                 operands = tuple(new if operand is x else operand for operand in node.args[1])  # type: ignore[union-attr]
                 node.args = (node.args[0], operands, *node.args[2:])
+
+    def _transformed(self, site: Site, form: SiteForm, x: fx.Node, before: fx.Node) -> fx.Node:
+        """``x`` after the input transforms; sites that transform the same value alike share the result."""
+        dtype = _value_dtype(site.input if site.input is not None and site.takes_activation else site.node)
+        for index, transform in enumerate(form.transform_in):
+            known = [
+                result
+                for source, other, result in self.transformed
+                if source is x and same_transform(transform, other)
+            ]
+            if known:
+                x = known[0]
+                continue
+            if type(transform) not in _TRANSFORMS:
+                raise BackendError(
+                    f"{site.name}: {transform.kind} transforms are not representable in this version."
+                )
+            field_name, target = _TRANSFORMS[type(transform)]
+            value = self._form_input(TensorRef(site.name, f"transform_in.{index}.{field_name}"))
+            with self.graph.inserting_before(before):
+                cast = self.graph.call_function(aten.to.dtype, (value, dtype))
+                result = self.graph.call_function(target, (x, cast))
+            self.transformed.append((x, transform, result))
+            x = result
+        return x
 
     def _quantize(self, site: Site, node: fx.Node, x: fx.Node, form: SiteForm) -> fx.Node:
         quantizer = form.activation
@@ -283,6 +348,12 @@ class _Rewriter:
         first: fx.Node = next(iter(self.graph.nodes))
         return first
 
+
+# Transform → the field that holds its tensor, and the op that applies it.
+_TRANSFORMS: dict[type[Transform], tuple[str, Any]] = {
+    Scale: ("factor", aten.mul.Tensor),
+    Shift: ("offset", aten.add.Tensor),
+}
 
 _REMOVABLE = {
     aten.t.default,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fxcompress.analysis.site_types import SiteKind
 from fxcompress.calibration.context import Context, Feed
 from fxcompress.calibration.inputs import CalibrationData, as_calibration
 from fxcompress.calibration.walk import Plan, Walk
@@ -237,7 +238,11 @@ class _Run:
                     f"{edit.name}: fused with {list(edit.names[1:])}, which do not share its input."
                 )
         elif isinstance(edit, SetActivation | SetTransform):
-            if not any(site.takes_activation for site in self.plan.uses(edit.name)):
+            uses = self.plan.uses(edit.name)
+            looked_up = isinstance(edit, SetTransform) and not edit.transform_out and edit.bias is None
+            if not any(
+                site.takes_activation or (looked_up and site.kind is SiteKind.EMBEDDING) for site in uses
+            ):
                 raise RecipeError(
                     f"{edit.name}: {type(edit).__name__} on a weight that multiplies no activation."
                 )

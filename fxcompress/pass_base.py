@@ -13,6 +13,7 @@ from torch import Tensor
 from fxcompress.analysis.site_types import Site
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState, Edit
+from fxcompress.formats import IntFormat
 
 
 class Statistics(Protocol):
@@ -59,6 +60,10 @@ class BlockContext(Protocol):
         """The raw input tensors of one site, one per calibration batch."""
         ...
 
+    def inputs(self, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
+        """The raw inputs of several sites, keyed by ``site.input.name``: one run for all of them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Pass(ABC):
@@ -83,6 +88,21 @@ class Pass(ABC):
     conflicts: ClassVar[frozenset[str]] = frozenset()
     needs_calibration: ClassVar[bool] = False
     preserves_function: ClassVar[bool] = False
+
+    def matrix_format(self) -> IntFormat | None:
+        """The number format this pass gives to matrices; None when it gives none or has no single one."""
+        return None
+
+    def activation_format(self) -> tuple[str, int] | None:
+        """``("dynamic" | "static", bits)`` when this pass quantizes the inputs of matrices, else None."""
+        return None
+
+    def check_later(self, later: Sequence[Pass]) -> None:  # noqa: B027 (a hook: doing nothing is right)
+        """Called when a recipe is read, with the passes behind this one; the default accepts any.
+
+        Raises:
+            RecipeError: this pass prepares for something other than what follows.
+        """
 
     @abstractmethod
     def solve(self, block: BlockContext) -> Iterator[Edit]:

@@ -23,6 +23,24 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "w4a16-awq": {
+        "summary": "4-bit weights after scaling up the channels that meet large activations; needs data",
+        "passes": [
+            {"awq": {"bits": 4, "group_size": 64}},
+            {"clip-weights": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64}},
+            "fuse-siblings",
+        ],
+    },
+    "w4a16-awq-gptq": {
+        "summary": "w4a16-awq's scales, then rounding by GPTQ; needs calibration data",
+        "passes": [
+            {"awq": {"bits": 4, "group_size": 64}},
+            {"gptq": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "search": True, "only_remaining": True}},
+            "fuse-siblings",
+        ],
+    },
     "w8a8": {
         "summary": "8-bit weights per channel and 8-bit activations per token; needs no data, fast prefill",
         "passes": [
@@ -34,9 +52,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "w8a8-smooth": {
         "summary": "w8a8 after moving activation outliers into the weights; needs calibration data",
         "passes": [
-            "smooth-activations",
+            {"smooth-activations": {"alpha": "search"}},
             {"quantize-weights": {"bits": 8, "group_size": 0}},
             {"quantize-activations": {"bits": 8, "mode": "dynamic"}},
+            "fuse-siblings",
+        ],
+    },
+    "w8a8-outliers": {
+        "summary": "8 bits with calibrated static inputs after centring and shrinking outlier channels",
+        "passes": [
+            "suppress-outliers",
+            {"quantize-weights": {"bits": 8, "group_size": 0}},
+            {"quantize-activations": {"bits": 8, "mode": "static"}},
             "fuse-siblings",
         ],
     },

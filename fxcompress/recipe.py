@@ -59,6 +59,8 @@ class Recipe:
             _check_instance(item)
         _check_duplicates(self.passes)
         _check_order(self.passes)
+        for index, item in enumerate(self.passes):
+            item.check_later(self.passes[index + 1 :])
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)

@@ -35,6 +35,9 @@ BACKEND_GROUP = "fxcompress.backends"
 
 BUILTIN_PASSES: dict[str, str] = {
     "smooth-activations": "fxcompress.passes.smooth_activations:SmoothActivations",
+    "suppress-outliers": "fxcompress.passes.suppress_outliers:SuppressOutliers",
+    "awq": "fxcompress.passes.awq:Awq",
+    "clip-weights": "fxcompress.passes.clip_weights:ClipWeights",
     "gptq": "fxcompress.passes.gptq:Gptq",
     "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",

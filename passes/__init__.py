@@ -7,10 +7,22 @@ if __name__ != "fxcompress.passes":
         " Install the project (pip install -e .) and import fxcompress.passes."
     )
 
+from fxcompress.passes.awq import Awq
+from fxcompress.passes.clip_weights import ClipWeights
 from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.smooth_activations import SmoothActivations
+from fxcompress.passes.suppress_outliers import SuppressOutliers
 
-__all__ = ["FuseSiblings", "Gptq", "QuantizeActivations", "QuantizeWeights", "SmoothActivations"]
+__all__ = [
+    "Awq",
+    "ClipWeights",
+    "FuseSiblings",
+    "Gptq",
+    "QuantizeActivations",
+    "QuantizeWeights",
+    "SmoothActivations",
+    "SuppressOutliers",
+]

@@ -18,7 +18,14 @@ from torch import fx
 
 from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, FuseSites, Refuse
-from fxcompress.forms import ActivationQuantizer, DynamicPerToken, QuantizedWeight, SiteForm, StaticPerTensor
+from fxcompress.forms import (
+    ActivationQuantizer,
+    DynamicPerToken,
+    QuantizedWeight,
+    SiteForm,
+    StaticPerTensor,
+    same_transform,
+)
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._selection import Candidate, SelectivePass, candidates
 
@@ -76,7 +83,9 @@ class FuseSiblings(SelectivePass):
             if len(names) > 1:
                 yield FuseSites(names, reason=f"{len(names)} products of the same input")
             else:
-                yield Refuse(names[0], "not fused with its siblings: none has the same number format")
+                yield Refuse(
+                    names[0], "not fused with its siblings: none has the same number format and input"
+                )
 
     def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
         form = block.state.form(candidate.name)
@@ -89,13 +98,13 @@ class FuseSiblings(SelectivePass):
             return "its weight is not quantized"
         if form.terms[0].group_size == -1:
             return "one scale per matrix does not extend to a larger matrix"
-        if form.transform_in or form.transform_out:
-            return "it has a transform of its own"
+        if form.transform_out:
+            return "its output has a transform of its own"
         return None
 
 
 def _same_product(left: SiteForm, right: SiteForm) -> bool:
-    """Whether two quantized linear sites differ in their codes, scales and number of rows only."""
+    """Whether two quantized linear sites differ in their codes, scales, biases and number of rows only."""
     a, b = left.terms[0], right.terms[0]
     return (
         isinstance(a, QuantizedWeight)
@@ -103,6 +112,8 @@ def _same_product(left: SiteForm, right: SiteForm) -> bool:
         and a.format == b.format
         and a.scale.dtype == b.scale.dtype
         and _same_quantizer(left.activation, right.activation)
+        and len(left.transform_in) == len(right.transform_in)
+        and all(map(same_transform, left.transform_in, right.transform_in))
     )
 
 

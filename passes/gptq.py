@@ -128,6 +128,10 @@ class Gptq(SelectivePass):
         """The number format of the codes."""
         return IntFormat(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
 
+    def matrix_format(self) -> IntFormat | None:
+        """See :meth:`Pass.matrix_format`."""
+        return self.format
+
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetWeight` or a :class:`Refuse` for every weight of the block."""
         self.check_patterns(block.program)

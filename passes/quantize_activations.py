@@ -9,18 +9,23 @@ Keeps: the weight, the bias and the shape and dtype of the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import fx
 
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.edits import Edit, Refuse, SetActivation
-from fxcompress.errors import CalibrationError, RecipeError
-from fxcompress.forms import ActivationQuantizer, DynamicPerToken, StaticPerTensor
+from fxcompress.errors import RecipeError
+from fxcompress.forms import DynamicPerToken
 from fxcompress.pass_base import BlockContext
+from fxcompress.passes._activation_ranges import static_quantizer
+from fxcompress.passes._input_rows import unsupported
+from fxcompress.passes._output_error import input_error, sample_rows
 from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates
 
 _CONVOLUTIONS = (SiteKind.CONV, SiteKind.CONV_TRANSPOSED)
@@ -37,6 +42,11 @@ class QuantizeActivations(SelectivePass):
             ``"dynamic"``.
         heads: Also quantize the inputs of output heads and of tied embeddings. Default False: their result is
             the model's output, and no later layer evens out its error.
+        max_error: Leave the inputs of sites as they are ("16-bit") where quantizing them would change the
+            sites' outputs by more than this: ‖(x − Q(x))·Wᵀ‖ / ‖x·Wᵀ‖ on calibration tokens, the largest of
+            the sites that read the value. Needs data. Default None: quantize all. A second pass of the other
+            mode may take what this one left.
+        tokens: Calibration tokens ``max_error`` is judged on. Default 256.
         include, exclude: Name patterns, see :class:`SelectivePass`.
 
     Raises:
@@ -51,6 +61,8 @@ class QuantizeActivations(SelectivePass):
     bits: int = 8
     mode: Literal["dynamic", "static"] = "dynamic"
     heads: bool = False
+    max_error: float | None = None
+    tokens: int = 256
 
     name: ClassVar[str] = "quantize-activations"
     summary: ClassVar[str] = "Quantize the inputs of matrix products, per token or calibrated per tensor."
@@ -65,8 +77,19 @@ class QuantizeActivations(SelectivePass):
             raise RecipeError(f"{self.name}: mode={self.mode!r}, expected 'dynamic' or 'static'.")
         if not isinstance(self.heads, bool):
             raise RecipeError(f"{self.name}: heads={self.heads!r}, expected true or false.")
-        # Only one of the modes needs data; an instance may say so, the class cannot.
-        object.__setattr__(self, "needs_calibration", self.mode == "static")
+        if self.max_error is not None and (
+            type(self.max_error) not in (int, float) or not 0 < self.max_error < math.inf
+        ):
+            raise RecipeError(f"{self.name}: max_error={self.max_error!r}, expected a positive number.")
+        if type(self.tokens) is not int or self.tokens < 1:
+            raise RecipeError(f"{self.name}: tokens={self.tokens!r}, expected a positive integer.")
+        # Only some settings need data; an instance may say so, the class cannot.
+        needs = self.mode == "static" or self.max_error is not None
+        object.__setattr__(self, "needs_calibration", needs)
+
+    def activation_format(self) -> tuple[str, int] | None:
+        """See :meth:`Pass.activation_format`."""
+        return self.mode, self.bits
 
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetActivation` or a :class:`Refuse` for every weight of the block."""
@@ -78,25 +101,58 @@ class QuantizeActivations(SelectivePass):
                 chosen.append(candidate)
             else:
                 yield Refuse(candidate.name, reason)
+        edits = [self._quantizer(block, candidate) for candidate in chosen]
+        if self.max_error is not None:
+            edits = self._only_harmless(block, chosen, edits)
+        yield from edits
+
+    def _quantizer(self, block: BlockContext, candidate: Candidate) -> SetActivation | Refuse:
         if self.mode == "dynamic":
-            for candidate in chosen:
-                yield SetActivation(candidate.name, DynamicPerToken(self.bits), f"int{self.bits} per token")
-            return
-        statistics = (
-            block.statistics([site for candidate in chosen for site in _products(candidate)])
-            if chosen
-            else {}
-        )
-        for candidate in chosen:
-            found = [statistics[site.input.name] for site in _products(candidate) if site.input is not None]
-            if all(seen.count == 0 for seen in found):
-                yield Refuse(candidate.name, "no calibration token reaches it")
+            return SetActivation(candidate.name, DynamicPerToken(self.bits), f"int{self.bits} per token")
+        statistics = block.statistics(_products(candidate))
+        found = [statistics[site.input.name] for site in _products(candidate) if site.input is not None]
+        if all(seen.count == 0 for seen in found):
+            return Refuse(candidate.name, "no calibration token reaches it")
+        low = torch.stack([seen.minimum.min() for seen in found if seen.count]).min()
+        high = torch.stack([seen.maximum.max() for seen in found if seen.count]).max()
+        quantizer = static_quantizer(low, high, self.bits, candidate.name)
+        reason = f"int{self.bits} per tensor, calibrated range {float(low):.4g}…{float(high):.4g}"
+        return SetActivation(candidate.name, quantizer, reason)
+
+    def _only_harmless(
+        self, block: BlockContext, chosen: Sequence[Candidate], edits: Sequence[SetActivation | Refuse]
+    ) -> list[SetActivation | Refuse]:
+        """Refuse what would change outputs by more than ``max_error``."""
+        assert self.max_error is not None
+        sites = [site for candidate in chosen for site in _products(candidate)]
+        samples = sample_rows(block, [site for site in sites if unsupported(site) is None], self.tokens)
+        found: list[float | str] = []
+        worst: dict[fx.Node, float] = {}  # sites that read one value are decided together
+        for candidate, edit in zip(chosen, edits, strict=True):
+            products = _products(candidate)
+            why = next((reason for site in products if (reason := unsupported(site)) is not None), None)
+            if isinstance(edit, Refuse) or why is not None:
+                found.append(why or "")
                 continue
-            low = torch.stack([seen.minimum.min() for seen in found if seen.count]).min()
-            high = torch.stack([seen.maximum.max() for seen in found if seen.count]).max()
-            quantizer = static_quantizer(low, high, self.bits, candidate.name)
-            reason = f"int{self.bits} per tensor, calibrated range {float(low):.4g}…{float(high):.4g}"
-            yield SetActivation(candidate.name, quantizer, reason)
+            error = max(input_error(block, site, samples[site], edit.activation) for site in products)
+            found.append(error)
+            for site in products:
+                assert site.input is not None
+                worst[site.input] = max(error, worst.get(site.input, 0.0))
+        kept: list[SetActivation | Refuse] = []
+        for candidate, edit, error_or_why in zip(chosen, edits, found, strict=True):
+            if isinstance(edit, Refuse):
+                kept.append(edit)
+            elif isinstance(error_or_why, str):
+                kept.append(Refuse(edit.name, f"its error cannot be measured (max_error): {error_or_why}"))
+            else:
+                error = max(worst[site.input] for site in _products(candidate) if site.input is not None)
+                words = f"quantizing its input changes outputs by {error:.2g}"
+                if error > self.max_error:
+                    kept.append(Refuse(edit.name, f"{words}, more than max_error={self.max_error:g}"))
+                else:
+                    kept.append(dataclasses.replace(edit, reason=f"{edit.reason}; error {error:.2g}"))
+        return kept
 
     def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
         reason = self.unselected(block.program, candidate.name)
@@ -113,36 +169,6 @@ class QuantizeActivations(SelectivePass):
             outside = any(site.takes_activation for site in candidate.uses if site not in candidate.here)
             return "used in several blocks, which one static range cannot serve" if outside else None
         return next((why for why in map(_no_tokens, products) if why is not None), None)
-
-
-def static_quantizer(low: Tensor, high: Tensor, bits: int, name: str) -> ActivationQuantizer:
-    """The asymmetric quantizer of the range ``low…high``, widened to contain zero.
-
-    Args:
-        low: 0-d, least value seen.
-        high: 0-d, greatest value seen.
-        bits: Code width.
-        name: Parameter, for messages.
-
-    Returns:
-        Signed codes ``-2**(bits-1) … 2**(bits-1)-1``: ``low`` is the first, ``high`` the last, 0 is exact.
-
-    Raises:
-        CalibrationError: ``low`` or ``high`` is not finite.
-    """
-    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise CalibrationError(
-            f"{name}: its calibrated inputs contain NaN or inf.",
-            fix="check the calibration data, and the model's dtype (float16 overflows).",
-        )
-    levels = 2**bits - 1
-    scale = ((high - low) / levels).float().clamp_min(torch.finfo(torch.float32).tiny)
-    if float(high) == float(low):  # both zero
-        scale = torch.ones_like(scale)
-    first = -(2 ** (bits - 1))
-    zero = (first - low / scale).round().clamp(first, first + levels)
-    return StaticPerTensor(bits=bits, scale=scale, zero=zero.to(torch.int32))
 
 
 def _products(candidate: Candidate) -> list[Site]:

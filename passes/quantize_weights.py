@@ -1,9 +1,11 @@
 """Round weights to the nearest integer codes, without data.
 
     linear(x, w)        →  linear(x, dequantize_weight(codes, scale, zero))
-    embedding(w, ids)   →  quantized_embedding(ids, codes, scale)
+    embedding(w, ids)   →  quantized_embedding(ids, codes, scale) · c
+    head(x, w)          →  linear(x · c, dequantize_weight(codes, scale))
     conv, bmm, einsum … →  the same op on the dequantized weight
 
+Tables and heads are rounded as ``w/c``, c being one factor per column (see ``column_scales``).
 Keeps: every use of the weight, its shape and dtype. Format: see :mod:`fxcompress.formats.integer`; range
 search as in the GPTQ reference code (Frantar et al., 2022).
 """
@@ -14,11 +16,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from fxcompress.analysis.site_types import SiteKind
-from fxcompress.edits import Edit, Refuse, SetWeight
+from fxcompress.edits import Edit, Refuse, SetTransform, SetWeight
 from fxcompress.errors import FormatError, RecipeError
 from fxcompress.formats import IntFormat
 from fxcompress.formats.integer import quantize_to_term
+from fxcompress.forms import Scale
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._selection import (
     Candidate,
@@ -31,6 +37,9 @@ from fxcompress.passes._selection import (
     not_smaller,
 )
 
+# Power of the largest magnitude per column. With 0 the large columns set the scale of every row; with 1 they
+# would be rounded as coarsely as all others, and they often meet large activations.
+_COLUMN_POWER = 0.75
 _GROUP = 64  # inputs per scale below 8 bits; of 32, 64, 128 the largest that still divides most hidden sizes
 
 
@@ -49,6 +58,10 @@ class QuantizeWeights(SelectivePass):
             (one scale per token). None leaves them alone. Default 8.
         head_bits: The same for an untied output head: a linear layer with more outputs than inputs whose
             result leads to the model's output only. Default 8.
+        column_scales: Divide tables and heads by one factor per column before rounding, and multiply their
+            inputs (looked-up rows) with it at run time: ``max|w_j|^0.75``, relative to its geometric mean. A
+            few columns of a table are often several times larger than the rest and would set the scale of
+            every row. Costs one product per token. Default True.
         only_remaining: Pass over weights that an earlier pass has already compressed. Default False: they are
             an error.
         include, exclude: Name patterns, see :class:`SelectivePass`.
@@ -67,6 +80,7 @@ class QuantizeWeights(SelectivePass):
     search: bool = False
     embedding_bits: int | None = 8
     head_bits: int | None = 8
+    column_scales: bool = True
     only_remaining: bool = False
 
     name: ClassVar[str] = "quantize-weights"
@@ -78,7 +92,7 @@ class QuantizeWeights(SelectivePass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("search", "only_remaining"):
+        for option in ("search", "column_scales", "only_remaining"):
             if not isinstance(getattr(self, option), bool):
                 raise RecipeError(f"{self.name}: {option}={getattr(self, option)!r}, expected true or false.")
         if self.symmetric is not None and not isinstance(self.symmetric, bool):
@@ -99,6 +113,10 @@ class QuantizeWeights(SelectivePass):
         group_size = (0 if eight else _GROUP) if self.group_size is None else self.group_size
         return IntFormat(bits=self.bits, symmetric=symmetric, group_size=group_size)
 
+    def matrix_format(self) -> IntFormat | None:
+        """See :meth:`Pass.matrix_format`."""
+        return self.format_of(Role.MATRIX)
+
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetWeight` or a :class:`Refuse` for every weight of the block."""
         self.check_patterns(block.program)
@@ -107,26 +125,64 @@ class QuantizeWeights(SelectivePass):
         for candidate in candidates(block):
             if self.only_remaining and block.state.is_compressed(candidate.name):
                 continue
-            yield self._edit(block, candidate)
+            yield from self._edits(block, candidate)
 
-    def _edit(self, block: BlockContext, candidate: Candidate) -> Edit:
+    def _edits(self, block: BlockContext, candidate: Candidate) -> Iterator[Edit]:
         name, site = candidate.name, candidate.primary
         fmt = self.format_of(candidate.role)
         reason = self.unselected(block.program, name)
         if reason is None and site.kind is SiteKind.OTHER:
             reason = site.reason or "no use of it is a product or a look-up"
         if reason is not None:
-            return Refuse(name, reason)
+            yield Refuse(name, reason)
+            return
         if fmt is None:
             option = "embedding_bits" if candidate.role is Role.EMBEDDING else "head_bits"
-            return Refuse(name, f"{candidate.role.value}, left alone by {option}=None")
+            yield Refuse(name, f"{candidate.role.value}, left alone by {option}=None")
+            return
         weight = block.weight(name)
         fmt, note = fitting_format(fmt, site.layout.matrix_shape[2])
         too_big = not_smaller(fmt, site, weight.dtype)
         if too_big is not None:
-            return Refuse(name, too_big)
+            yield Refuse(name, too_big)
+            return
+        role = "" if candidate.role is Role.MATRIX else f", {candidate.role.value}"
+        factor = self._column_factor(block, candidate, weight)
+        if factor is not None:
+            yield SetTransform(
+                name, transform_in=(Scale(factor),), reason="one factor per column of the table"
+            )
+            weight = weight.detach() / factor.to(weight.dtype)
+            role += ", divided by a factor per column"
         # At 8 bits the full range is the best range: searching would cost most on the largest matrix for
         # nothing.
         term = quantize_to_term(weight, site.layout, fmt, search=self.search and fmt.bits < 8)
-        role = "" if candidate.role is Role.MATRIX else f", {candidate.role.value}"
-        return SetWeight(name, (term,), reason=f"{describe(fmt)}{note}{role}")
+        yield SetWeight(name, (term,), reason=f"{describe(fmt)}{note}{role}")
+
+    def _column_factor(self, block: BlockContext, candidate: Candidate, weight: Tensor) -> Tensor | None:
+        """``[K]`` float32 for a table or head all of whose uses can take it, else None."""
+        layout = candidate.primary.layout
+        fits = all(
+            site.kind in (SiteKind.EMBEDDING, SiteKind.LINEAR) and site.layout.perm == layout.perm
+            for site in candidate.uses
+        )
+        free = not block.state.form(candidate.name).transform_in
+        if not (self.column_scales and candidate.role is not Role.MATRIX and fits and free):
+            return None
+        return column_factor(layout.to_matrix(weight.detach()))
+
+
+def column_factor(matrix: Tensor) -> Tensor:
+    """Factors of the columns: ``max|w_j|^0.75`` over its geometric mean; 1 for columns of zeros.
+
+    Args:
+        matrix: ``[1, N, K]``.
+
+    Returns:
+        ``[K]`` float32, within 2^±15, so that divided weights stay in the range of every dtype.
+    """
+    largest = matrix.abs().amax(dim=(0, 1)).to(torch.float32)  # [K]
+    exponent = _COLUMN_POWER * largest.clamp_min(torch.finfo(torch.float32).tiny).log2()
+    used = largest > 0
+    center = exponent[used].mean() if bool(used.any()) else exponent.new_zeros(())
+    return torch.where(used, torch.exp2((exponent - center).clamp(-15, 15)), 1.0)

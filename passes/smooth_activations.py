@@ -2,200 +2,120 @@
 
     y = x̂·γ (+ β),  z = W y            →  γ/s, β/s, W·diag(s)          norm gain before matrices
     y = W₁ x + b,   z = W₂ f(y)        →  diag(1/s)·W₁, b/s, W₂·diag(s)  matrix before matrices
+    z = W x                            →  W·diag(s) · (x/s)              (explicit) where neither absorbs it
 
 SmoothQuant (Xiao et al., 2023, arXiv:2211.10438, equation 4): s_j = max|y_j|^α / max|W_:j|^(1−α).
-Keeps: the function. No operation is added to the model. Which parameters belong together is read off the
-dataflow (:mod:`fxcompress.analysis.smoothing`): f may be any chain that commutes with a positive scale per
-channel.
+Keeps: the function. Which parameters belong together is read off the dataflow
+(:mod:`fxcompress.analysis.smoothing`): f may be any chain that commutes with a positive scale per channel.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxcompress.analysis.blocks import find_blocks
-from fxcompress.analysis.sites import find_sites
-from fxcompress.analysis.smoothing import SmoothingAnalysis, SmoothingGroup, find_smoothing_groups
-from fxcompress.edits import Edit, Refuse
-from fxcompress.errors import RecipeError, WeightError
-from fxcompress.pass_base import BlockContext, Statistics
-from fxcompress.passes._selection import SelectivePass, find_heads
+from fxcompress.errors import RecipeError
+from fxcompress.passes._balancing import BALANCED, BalancingPass, Work, make_target
+from fxcompress.passes._output_error import Target
 
 _FLOOR = 1e-5  # for max|W_:j| and for s_j, as in the authors' code
 
 
 @dataclass(frozen=True)
-class SmoothActivations(SelectivePass):
+class SmoothActivations(BalancingPass):
     """Balance the ranges of activations and weights per input channel.
 
     Args:
         alpha: How much of the difficulty moves into the weights: 0 flattens the weights, 1 the activations.
-            Default 0.5 (section 5.1); models with strong outliers take 0.8…0.85.
-        fold_linear: Also scale between two matrices (value → output, up → down). Default True; the paper
-            only scales after norms.
-        heads: Also smooth groups that feed nothing but output heads. Default False: the inputs of output
-            heads are not quantized by default.
-        exact: Round every scale to the nearest power of two, and keep the scale 1 where even that would round
-            a stored weight. The function is then unchanged to the last bit of every weight, in any
-            floating-point dtype, and a scale is off by at most √2. Default True. False takes the formula's
-            scales and rounds the scaled weights to their dtype; the pass then does not promise an unchanged
-            function.
+            Default 0.5 (section 5.1); models with strong outliers take 0.8…0.85. ``"search"`` takes for each
+            group the α = 0, 1/steps, …, 1, or no scale at all, with the least error of the outputs of all
+            sites that read the group, on calibration tokens and under the quantization described by the
+            options below (:mod:`fxcompress.passes._output_error`).
+        steps: Number of steps of the search. Default 20.
+        tokens: Number of calibration tokens it is judged on. Default 256.
+        bits, group_size, symmetric: (search) Number format of the weights that follows. Default 8 bits,
+            symmetric, one scale per row.
+        activation_bits, activation_mode: (search) How inputs will be quantized. Default 8 bits,
+            ``"dynamic"``.
+        fold_linear, heads, exact, explicit: See :class:`fxcompress.passes._balancing.BalancingPass`.
         include, exclude: Name patterns, see :class:`SelectivePass`. A group is left alone as a whole when one
             of its parameters is.
 
     Raises:
-        RecipeError: an option is out of range.
+        RecipeError: an option is out of range, or a search was told another format than follows.
         CalibrationError: the calibration data gave NaN or inf.
 
     Example:
-        >>> SmoothActivations(alpha=0.85).needs_calibration
+        >>> SmoothActivations(alpha="search", steps=10).needs_calibration
         True
     """
 
-    alpha: float = 0.5
-    fold_linear: bool = True
-    heads: bool = False
-    exact: bool = True
+    alpha: float | Literal["search"] = 0.5
+    steps: int = 20
+    tokens: int = 256
+    bits: int = 8
+    group_size: int = 0
+    symmetric: bool = True
+    activation_bits: int = 8
+    activation_mode: Literal["dynamic", "static"] = "dynamic"
 
     name: ClassVar[str] = "smooth-activations"
     summary: ClassVar[str] = "Move activation outliers into the weights; the function stays the same."
     source: ClassVar[str] = "Xiao et al., 2023 (SmoothQuant, arXiv:2211.10438), section 4"
     provides: ClassVar[frozenset[str]] = frozenset({"smoothed"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "quantized-activations"})
-    needs_calibration: ClassVar[bool] = True
-    preserves_function: ClassVar[bool] = True
+    conflicts: ClassVar[frozenset[str]] = BalancingPass.conflicts | (BALANCED - {"smoothed"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.alpha) not in (int, float) or not 0 <= self.alpha <= 1:
-            raise RecipeError(f"{self.name}: alpha={self.alpha!r}, expected a number from 0 to 1.")
-        for option in ("fold_linear", "heads", "exact"):
-            if not isinstance(getattr(self, option), bool):
-                raise RecipeError(f"{self.name}: {option}={getattr(self, option)!r}, expected true or false.")
-        # Rounding in the weights' dtype is a change; an instance may say so, the class cannot.
-        object.__setattr__(self, "preserves_function", self.exact)
+        a = self.alpha
+        if a != "search" and (type(a) not in (int, float) or not 0 <= a <= 1):
+            raise RecipeError(f'{self.name}: alpha={a!r}, expected a number from 0 to 1, or "search".')
+        for option in ("steps", "tokens"):
+            if type(getattr(self, option)) is not int or getattr(self, option) < 1:
+                raise RecipeError(
+                    f"{self.name}: {option}={getattr(self, option)!r}, expected a positive integer."
+                )
+        self._target()
 
-    def solve(self, block: BlockContext) -> Iterator[Edit]:
-        """Yield the folded tensors of every group of the block, and a :class:`Refuse` for other sites."""
-        self.check_patterns(block.program)
-        analysis = _analyze(block, self.fold_linear)
-        refused = {site.name: reason for site, reason in reversed(analysis.refused)}
-        groups = self._select(block, analysis.groups, refused)
-        statistics = block.statistics([site for group in groups for site in group.sites]) if groups else {}
-        for group in groups:
-            reason = yield from self._smooth(block, group, statistics)
-            if reason is not None:
-                refused.update(dict.fromkeys(group.site_names, reason))
-        for name, why in refused.items():
-            yield Refuse(name, why)
+    def _target(self) -> Target:
+        activation = (self.activation_mode, self.activation_bits)
+        return make_target(self.name, self.bits, self.group_size, self.symmetric, activation)
 
-    def scales(
-        self, group: SmoothingGroup, block: BlockContext, statistics: Mapping[str, Statistics]
-    ) -> Tensor | None:
-        """``[C]`` float64: the formula's scales of one group; None when no calibration token reaches it.
+    @property
+    def search(self) -> tuple[Target, int] | None:
+        """See :class:`BalancingPass`."""
+        return (self._target(), self.tokens) if self.alpha == "search" else None
 
-        A channel that is zero in all calibration data, or that no weight reads, keeps the scale 1.
-        """
-        seen = {name: found.absmax for name, found in statistics.items() if found.count}
-        if not any(consumer.input_name in seen for consumer in group.consumers):
-            return None
-        x = group.input_absmax(seen)  # [C]
-        w = group.weight_absmax(block.weight)  # [C]
-        scale = x.pow(self.alpha) / w.clamp_min(_FLOOR).pow(1 - self.alpha)
-        return torch.where((x == 0) | (w == 0), 1.0, scale.clamp_min(_FLOOR))
-
-    def _select(
-        self, block: BlockContext, groups: Sequence[SmoothingGroup], refused: dict[str, str]
-    ) -> list[SmoothingGroup]:
-        """Groups to scale; of several that scale the same input channels, the first is enough."""
-        heads = frozenset() if self.heads else find_heads(block.program, find_sites(block.program))
-        taken: list[SmoothingGroup] = []
-        for group in groups:
-            reason = self._unselected_member(block, group)
-            if reason is None and heads.issuperset(group.site_names):
-                reason = "output head: its input stays unquantized (heads=False)"
-            if reason is not None:
-                for name in group.site_names:
-                    refused.setdefault(name, reason)
-            elif not any(_overlap(group, other) for other in taken):
-                taken.append(group)
-        for group in taken:
-            for name in group.site_names:
-                refused.pop(name, None)
-        return taken
-
-    def _unselected_member(self, block: BlockContext, group: SmoothingGroup) -> str | None:
-        """Why the patterns leave a group out: include speaks of the sites, exclude of every parameter."""
-        without_include = replace(self, include=())
-        for parameter in group.parameters:
-            chooser = without_include if parameter.producer else self
-            reason = chooser.unselected(block.program, parameter.name)
-            if reason is not None:
-                return f"{parameter.name} {'is ' if reason.startswith('excluded') else ''}{reason}"
-        return None
-
-    def _smooth(
-        self, block: BlockContext, group: SmoothingGroup, statistics: Mapping[str, Statistics]
-    ) -> Generator[Edit, None, str | None]:
-        """Yield the edits of one group; returns why there are none."""
-        scale = self.scales(group, block, statistics)
-        if scale is None:
-            return "no calibration token reaches it"
-        if self.exact:
-            scale = torch.exp2(scale.log2().round())
-            kept = group.without_rounding(scale, block.weight)
-            if bool((kept == 1).all()) and not bool((scale == 1).all()):
-                return f"{group.name}: any scale but 1 would round a stored weight (exact=True)"
-            scale = kept
-        if bool((scale == 1).all()):
-            return "nothing to move: every scale is 1"
-        moved = int((scale != 1).sum())
-        reason = (
-            f"smoothed with {group.name}: {moved} of {group.channels} channels,"
-            f" scales {float(scale.min()):.3g}…{float(scale.max()):.3g}, α={self.alpha:g}"
-        )
-        try:
-            yield from group.edits(scale, block.weight, reason)
-        except WeightError as error:
-            return str(error)
-        return None
+    def choose(self, work: Work) -> tuple[Tensor, str] | str:
+        """See :class:`BalancingPass`. A channel that is zero in all data, or unread, keeps the scale 1."""
+        seen = {name: found.absmax for name, found in work.seen.items()}
+        x = work.group.input_absmax(seen)  # [C]
+        w = work.group.weight_absmax(work.block.weight)  # [C]
+        if work.error is None:
+            assert self.alpha != "search"
+            return smoothing_scale(x, w, self.alpha), f"α={self.alpha:g}"
+        unscaled = work.error(torch.ones_like(x))
+        best, least, found = torch.ones_like(x), unscaled, "none"
+        for step in range(self.steps + 1):
+            scale = self.rounded(smoothing_scale(x, w, step / self.steps))
+            error = work.error(scale)
+            if error < least:
+                best, least, found = scale, error, f"{step / self.steps:g}"
+        if found == "none":
+            return f"no α gives a smaller output error than the scale 1 ({unscaled:.3g})"
+        return best, f"α={found} by search: output error {unscaled:.3g} → {least:.3g}"
 
 
-def _analyze(block: BlockContext, fold_linear: bool) -> SmoothingAnalysis:
-    """Groups that lie wholly inside the block: producer, path and all sites."""
-    program = block.program
-    mine = {site.node for site in block.sites}
-    others = [site for site in find_sites(program) if site.node not in mine]
-    here = {node.name for node in mine}
-    names = frozenset().union(*(part for part in _block_names(program.graph) if not part.isdisjoint(here)))
-    inside = {node for node in program.graph.nodes if node.name in names}
-    inside.difference_update(site.node for site in others)
-    return find_smoothing_groups(program, [*block.sites, *others], inside, fold_linear=fold_linear)
+def smoothing_scale(x: Tensor, w: Tensor, alpha: float) -> Tensor:
+    """``max|x|^α / max|W|^(1−α)`` per channel, float64; 1 where either is zero.
 
-
-# By name: nodes would keep their graph alive, and with it the entry.
-_KNOWN_BLOCKS: weakref.WeakKeyDictionary[fx.Graph, tuple[frozenset[str], ...]] = weakref.WeakKeyDictionary()
-
-
-def _block_names(graph: fx.Graph) -> tuple[frozenset[str], ...]:
-    """Node names of every block; found once per graph, since every block of it asks."""
-    if graph not in _KNOWN_BLOCKS:
-        blocks = find_blocks(graph)
-        _KNOWN_BLOCKS[graph] = tuple(frozenset(node.name for node in block.nodes) for block in blocks)
-    return _KNOWN_BLOCKS[graph]
-
-
-def _overlap(one: SmoothingGroup, two: SmoothingGroup) -> bool:
-    """Whether two groups scale the same input channel of a site."""
-    held = {consumer.site: consumer.columns for consumer in one.consumers}
-    return any(
-        bool(((held[consumer.site] >= 0) & (consumer.columns >= 0)).any())
-        for consumer in two.consumers
-        if consumer.site in held
-    )
+    Args:
+        x: ``[C]`` largest magnitudes of the channels.
+        w: ``[C]`` largest magnitudes of the weights that read them.
+        alpha: 0…1.
+    """
+    scale = x.pow(alpha) / w.clamp_min(_FLOOR).pow(1 - alpha)
+    return torch.where((x == 0) | (w == 0), 1.0, scale.clamp_min(_FLOOR))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.site_types import Site
-from fxcompress.edits import SetTensor
+from fxcompress.edits import SetTensor, SetTransform
 from fxcompress.errors import WeightError
-from fxcompress.forms import WeightLayout
+from fxcompress.forms import Scale, WeightLayout
 
 
 class GroupKind(enum.Enum):
@@ -20,6 +20,7 @@ class GroupKind(enum.Enum):
 
     NORM = "norm"  # the gain of a normalisation, or any other product with a parameter
     LINEAR = "linear"  # the rows of a matrix
+    EXPLICIT = "explicit"  # nothing that could absorb a scale: the readers' input is multiplied at run time
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,10 @@ class Consumer:
     site: Site
     columns: Tensor
 
+    def spread(self, per_channel: Tensor, fill: float = 1.0) -> Tensor:
+        """``[C]`` per channel to ``[B or 1, K]`` per column; ``fill`` for columns of no channel."""
+        return torch.cat([per_channel, per_channel.new_full((1,), fill)])[self.columns]
+
     @property
     def input_name(self) -> str:
         """Name of the node that the site reads."""
@@ -104,11 +109,13 @@ class Consumer:
 class SmoothingGroup:
     """One producer and every reader of its channels. For any scale s > 0 the edits keep the function.
 
+    Without a producer (:attr:`GroupKind.EXPLICIT`) the readers' input is divided by an op of its own.
+
     Args:
         kind: What produces the channels.
         source: The node whose value is divided by the scale.
         channels: C, the number of independent scales.
-        producers: Parameters to divide: gain or rows first, then biases.
+        producers: Parameters to divide: gain or rows first, then biases; empty when explicit.
         consumers: All sites that read the channels.
     """
 
@@ -120,8 +127,8 @@ class SmoothingGroup:
 
     @property
     def name(self) -> str:
-        """Name of the producer's first parameter."""
-        return self.producers[0].name
+        """Name of the producer's first parameter, or of the first reader when there is no producer."""
+        return self.producers[0].name if self.producers else self.consumers[0].site.name
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -144,8 +151,10 @@ class SmoothingGroup:
             )
         return (*self.producers, *columns.values())
 
-    def edits(self, scale: Tensor, weight: Callable[[str], Tensor], reason: str = "") -> Iterator[SetTensor]:
-        """The edits that divide the producer by ``scale`` and multiply the consumers.
+    def edits(
+        self, scale: Tensor, weight: Callable[[str], Tensor], reason: str = ""
+    ) -> Iterator[SetTensor | SetTransform]:
+        """The edits that divide the producer (or the readers' input) by ``scale`` and multiply the consumers.
 
         Args:
             scale: ``[C]``, finite and positive.
@@ -161,12 +170,18 @@ class SmoothingGroup:
                 f"{self.name}: expected {self.channels} positive finite scales, found {tuple(scale.shape)}"
                 f" with minimum {float(scale.min()) if scale.numel() else float('nan')}."
             )
+        if self.kind is GroupKind.EXPLICIT:  # the factor is stored in float32; the weights follow it
+            scale = scale.double().reciprocal().float().double().reciprocal()
         values = [
             (parameter.name, parameter.rescaled(weight(parameter.name), scale))
             for parameter in self.parameters
         ]
         for name, value in values:
             yield SetTensor(name, value, reason)
+        if self.kind is GroupKind.EXPLICIT:
+            for consumer in self.consumers:
+                factor = consumer.spread(scale).reciprocal().float()[0]  # [K]
+                yield SetTransform(consumer.site.name, (Scale(factor),), reason=reason)
 
     def without_rounding(self, scale: Tensor, weight: Callable[[str], Tensor]) -> Tensor:
         """``scale`` with 1 wherever a changed parameter could not be stored exactly in its dtype.
@@ -191,6 +206,19 @@ class SmoothingGroup:
                 continue
             found = absmax[consumer.input_name].detach().to("cpu", torch.float64)
             _scatter_max(held, consumer.columns, found.expand(consumer.columns.shape))
+        return held
+
+    def input_max(self, maximum: Mapping[str, Tensor]) -> Tensor:
+        """``[C]`` float64: greatest value of each channel at the sites' inputs; -inf where none is known.
+
+        Args:
+            maximum: ``[K]`` per input, by ``site.input.name``.
+        """
+        held = torch.full((self.channels,), -torch.inf, dtype=torch.float64)
+        for consumer in self.consumers:
+            if consumer.input_name in maximum:
+                found = maximum[consumer.input_name].detach().to("cpu", torch.float64)
+                _scatter_max(held, consumer.columns, found.expand(consumer.columns.shape))
         return held
 
     def weight_absmax(self, weight: Callable[[str], Tensor]) -> Tensor:

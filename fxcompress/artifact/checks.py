@@ -14,7 +14,16 @@ from torch import Tensor
 
 from fxcompress.artifact.content import TensorInfo
 from fxcompress.errors import ArtifactError, FxCompressError
-from fxcompress.forms import ActivationQuantizer, Component, Scale, SiteForm, Transform, WeightTerm, from_spec
+from fxcompress.forms import (
+    ActivationQuantizer,
+    Component,
+    Scale,
+    Shift,
+    SiteForm,
+    Transform,
+    WeightTerm,
+    from_spec,
+)
 
 _TYPES: Mapping[str, Callable[[Any], bool]] = {
     "int": lambda value: type(value) is int,
@@ -65,6 +74,8 @@ def check_form(name: str, form: SiteForm, info: TensorInfo) -> None:
         for transform in _components(name, field, transforms, Transform):
             if isinstance(transform, Scale):
                 _check_vector(name, field, transform.factor)
+            elif isinstance(transform, Shift):
+                _check_vector(name, field, transform.offset)
     if form.bias is not None:
         _check_vector(name, "bias", form.bias)
 

@@ -122,9 +122,19 @@ class Context:
             CalibrationError: no data, or the site has no activation input.
         """
         node = self._input(site)
+        for values in self.inputs([site]):
+            yield values[node.name]
+
+    def inputs(self, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
+        """The raw inputs of several sites, keyed by ``site.input.name``, batch by batch.
+
+        Raises:
+            CalibrationError: no data, or a site has no activation input.
+        """
+        nodes = list(dict.fromkeys(self._input(site) for site in sites))
         walk, runner = self._ready()
-        for values in walk.collect(runner, [node]):
-            yield values[node]
+        for values in walk.collect(runner, nodes):
+            yield {node.name: values[node] for node in nodes}
 
     def edited(self, names: Sequence[str]) -> None:
         """Called by the manager after each edit: what was measured no longer holds."""

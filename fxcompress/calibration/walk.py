@@ -15,7 +15,7 @@ from fxcompress.analysis.sites import find_sites
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
 from fxcompress.errors import CalibrationError, FormatError
-from fxcompress.forms import Scale, SiteForm, Transform
+from fxcompress.forms import Scale, Shift, SiteForm, Transform
 from fxcompress.ops.activation import apply_quantizer
 
 __all__ = ["BlockRunner", "Plan", "Values", "Walk", "apply_transforms"]
@@ -76,9 +76,12 @@ def apply_transforms(x: Tensor, transforms: Sequence[Transform]) -> Tensor:
         FormatError: a transform that has no reference implementation.
     """
     for transform in transforms:
-        if not isinstance(transform, Scale):
+        if isinstance(transform, Scale):
+            x = x * transform.factor.to(x.dtype)
+        elif isinstance(transform, Shift):
+            x = x + transform.offset.to(x.dtype)
+        else:
             raise FormatError(f"transform {transform.kind!r} has no reference implementation.")
-        x = x * transform.factor.to(x.dtype)
     return x
 
 
@@ -213,6 +216,9 @@ class BlockRunner:
             form = self.state.forms.get(site.name)
             if form is not None and site.takes_activation and _changes_io(form):
                 return self._cast(self._compressed_site(site, form, env, kwargs))
+            if form is not None and site.kind is SiteKind.EMBEDDING and form.transform_in:
+                rows = self._call(node, args, kwargs)
+                return self._cast(apply_transforms(rows, form.transform_in))
         return self._cast(self._call(node, args, kwargs))
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -235,7 +241,9 @@ class BlockRunner:
             new[site.input] = x if form.activation is None else apply_quantizer(x, form.activation)
         bias = self._read(site.bias_node, env) if site.bias_node is not None else None
         if form.bias is not None:
-            bias = self._cast(form.bias)
+            bias = self._cast(
+                form.bias.to(_dtype_of(node, form.bias.dtype)) if not self.double else form.bias
+            )
         outside = bool(form.transform_out) or (form.bias is not None and site.bias_node is None)
         if site.bias_node is not None:
             new[site.bias_node] = torch.zeros_like(bias) if outside and bias is not None else bias
@@ -325,6 +333,11 @@ def _changes_io(form: SiteForm) -> bool:
     return bool(
         form.transform_in or form.transform_out or form.activation is not None or form.bias is not None
     )
+
+
+def _dtype_of(node: fx.Node, default: torch.dtype) -> torch.dtype:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else default
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from fxcompress.forms.activation import ActivationQuantizer, DynamicPerToken, StaticPerTensor
 from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.layout import WeightLayout
-from fxcompress.forms.site_form import Scale, SiteForm, Transform
+from fxcompress.forms.site_form import Scale, Shift, SiteForm, Transform, same_transform
 from fxcompress.forms.terms import QuantizedWeight, WeightTerm
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "DynamicPerToken",
     "QuantizedWeight",
     "Scale",
+    "Shift",
     "SiteForm",
     "StaticPerTensor",
     "Transform",
@@ -19,4 +20,5 @@ __all__ = [
     "WeightTerm",
     "component",
     "from_spec",
+    "same_transform",
 ]

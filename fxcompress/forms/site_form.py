@@ -26,6 +26,25 @@ class Scale(Transform):
     factor: Tensor
 
 
+@component("shift")
+@dataclass(frozen=True, eq=False)
+class Shift(Transform):
+    """Add ``offset: [K]`` to the last dimension."""
+
+    offset: Tensor
+
+
+def same_transform(one: Transform, two: Transform) -> bool:
+    """Whether two transforms do the same: equal kinds, fields and tensors."""
+    tensors: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    if one.to_spec("", tensors[0]) != two.to_spec("", tensors[1]):
+        return False
+    return all(
+        value.dtype == tensors[1][name].dtype and torch.equal(value, tensors[1][name])
+        for name, value in tensors[0].items()
+    )
+
+
 @component("site-form")
 @dataclass(frozen=True, eq=False)
 class SiteForm(Component):
@@ -34,7 +53,9 @@ class SiteForm(Component):
     Args:
         terms: Summands that replace the weight; empty = the (possibly edited) dense weight.
         activation: Quantizer of the site's input, or None.
-        transform_in: Applied to the input in order, before the quantizer.
+        transform_in: Applied to the input in order, before the quantizer. A look-up has no such input: with
+            ``W·diag(factor)`` in place of W it gives its rows times the factor, so a ``Scale`` is applied to
+            its result.
         transform_out: Applied to the output in order, before the bias.
         bias: Replacement bias ``[N]``, or None to keep the model's own.
     """

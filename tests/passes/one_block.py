@@ -55,7 +55,7 @@ class OneBlock:
         self.state = CompressionState(program.weights)
         self.index = 0
         self.name = "block 1/1"
-        self.inputs = list(inputs)
+        self.data = list(inputs)
         self.sites = [site for site in find_sites(program) if only(site)]
         self.generator = torch.Generator().manual_seed(0)
         self.asked: list[tuple[str, ...]] = []
@@ -77,8 +77,13 @@ class OneBlock:
 
     def batches(self, site: Site) -> Iterator[Tensor]:
         assert site.input is not None
-        for inputs in self.inputs:
+        for inputs in self.data:
             yield self.values(inputs, [site.input])[site.input.name]
+
+    def inputs(self, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
+        nodes = [site.input for site in sites if site.input is not None]
+        for inputs in self.data:
+            yield self.values(inputs, nodes)
 
     def values(self, inputs: Inputs, wanted: Sequence[fx.Node]) -> dict[str, Any]:
         """Values of graph nodes with all edits so far."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from fxcompress.edits import FuseSites
+from fxcompress.edits import FuseSites, SetTransform
 from fxcompress.forms import Scale
 from fxcompress.passes import FuseSiblings, QuantizeActivations, QuantizeWeights
 from tests.passes.models import Attention, Language, Products
@@ -63,7 +63,7 @@ def test_different_formats_are_fused_apart() -> None:
     block.run(QuantizeWeights(bits=8, only_remaining=True))
     edits = block.run(FuseSiblings())
     assert [edit.names for edit in edits if isinstance(edit, FuseSites)] == [QKV[:2]]
-    reason = "not fused with its siblings: none has the same number format"
+    reason = "not fused with its siblings: none has the same number format and input"
     assert refusals(edits) == dict.fromkeys(("v.weight", "gate.weight", "up.weight"), reason)
 
 
@@ -89,10 +89,18 @@ def test_refusals_say_why() -> None:
     assert reasons == {
         "k.weight": prefix + "excluded by 'k.*'",
         "v.weight": prefix + "its weight is not quantized",
-        "q.weight": prefix + "none has the same number format",
-        "up.weight": prefix + "it has a transform of its own",
-        "gate.weight": prefix + "none has the same number format",
+        "q.weight": prefix + "none has the same number format and input",
+        "up.weight": prefix + "none has the same number format and input",
+        "gate.weight": prefix + "none has the same number format and input",
     }
+
+
+def test_siblings_whose_input_is_transformed_alike_are_fused() -> None:
+    block = attention()
+    block.run(QuantizeWeights())
+    for name, factor in (("q.weight", 2.0), ("k.weight", 2.0), ("v.weight", 3.0)):
+        block.state.apply(SetTransform(name, (Scale(torch.full((20,), factor)),)), "test")
+    assert fused(block) == [QKV[:2], PAIR]
 
 
 def test_scales_per_matrix_and_shared_weights_stay_alone() -> None:

@@ -153,16 +153,16 @@ def test_patterns_give_reasons() -> None:
 
 def test_no_calibration_token_is_a_reason() -> None:
     block = attention()
-    block.inputs = []
+    block.data = []
     assert set(refusals(block.run(SMALL)).values()) == {"no calibration token reaches it"}
     convolutions = block_for(Convolutions)
-    convolutions.inputs = []
+    convolutions.data = []
     assert set(refusals(convolutions.run(SMALL)).values()) == {"no calibration token reaches it"}
 
 
 def test_non_finite_inputs_are_refused_by_name() -> None:
     block = block_for(Convolutions)
-    block.inputs = [(torch.full((2, 3, 13, 12), float("nan")),)]
+    block.data = [(torch.full((2, 3, 13, 12), float("nan")),)]
     with pytest.raises(CalibrationError, match=r"gptq: plain\.weight: the Gram matrix .* NaN or inf"):
         block.run(SMALL)
 
@@ -200,7 +200,7 @@ def test_rows_are_what_the_op_multiplies(model: type[nn.Module], count: int) -> 
         if unsupported(site) is not None:
             continue
         loose = 2e-2 if site.name == "grouped" else 1e-5  # computed in bfloat16
-        expected = product_energy(block, site, block.inputs[0])
+        expected = product_energy(block, site, block.data[0])
         w = site.layout.to_matrix(block.weight(site.name))
         assert rows_energy(block, site, w) == pytest.approx(expected, rel=loose)
         checked += 1
@@ -225,7 +225,7 @@ def test_every_kind_of_site_loses_less_than_by_rounding(model: type[nn.Module]) 
 def test_an_expert_without_tokens_takes_the_mean_of_all() -> None:
     block = block_for(Experts)
     w = block.program.weights["grouped"]
-    x = block.inputs[0][0].bfloat16().float()
+    x = block.data[0][0].bfloat16().float()
     block.run(SMALL)
     dense = block.state.effective("grouped")
     fmt = IntFormat(4, False, 8)

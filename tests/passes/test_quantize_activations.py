@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from fxcompress.capture.export import capture_model
 from fxcompress.edits import SetActivation
 from fxcompress.errors import CalibrationError, RecipeError
 from fxcompress.forms import DynamicPerToken, StaticPerTensor
@@ -172,3 +174,65 @@ def test_static_range_covers_all_uses_or_is_refused() -> None:
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         QuantizeActivations(**options)
+
+
+def noisy() -> OneBlock:
+    """Two siblings and a third layer, of whose input one channel dwarfs the rest and is not read."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = (nn.Linear(16, 6, bias=False) for _ in range(3))
+            with torch.no_grad():
+                self.three.weight[:, 5] = 0.0
+                self.one.weight[:, 5] = 0.01
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (
+                self.one(x)
+                + self.two(x)
+                + self.three(torch.cat([x[..., :5], x[..., 5:6] * 1e4, x[..., 6:]], -1))
+            )
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 16)
+    return OneBlock(capture_model(Three().eval(), (x,)), [(x,), (2 * x,)])
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_inputs_that_would_cost_too_much_stay_as_they_are(mode: str) -> None:
+    block = noisy()
+    edits = block.run(QuantizeActivations(mode=mode, max_error=0.05))  # type: ignore[arg-type]
+    assert [edit.name for edit in edits if isinstance(edit, SetActivation)] == ["one.weight", "two.weight"]
+    assert "more than max_error=0.05" in refusals(edits)["three.weight"]
+    everything = noisy().run(QuantizeActivations(mode=mode, max_error=1e9))  # type: ignore[arg-type]
+    assert len([edit for edit in everything if isinstance(edit, SetActivation)]) == 3
+
+
+def test_sites_that_read_one_value_are_decided_together() -> None:
+    block = noisy()
+    edits = block.run(QuantizeActivations(max_error=100.0))
+    errors = {edit.name: edit.reason.split("error ")[1] for edit in edits if isinstance(edit, SetActivation)}
+    assert errors["one.weight"] == errors["two.weight"]
+    edits = noisy().run(QuantizeActivations(max_error=1e-4))
+    assert set(refusals(edits)) == {"one.weight", "two.weight", "three.weight"}
+
+
+def test_a_second_pass_of_the_other_mode_takes_the_rest() -> None:
+    block = noisy()
+    block.run(QuantizeActivations(mode="static", max_error=0.05))
+    block.run(QuantizeActivations(bits=8))
+    assert {type(form.activation).__name__ for form in block.state.forms.values()} == {
+        "StaticPerTensor",
+        "DynamicPerToken",
+    }
+
+
+def test_measuring_needs_data_and_a_number() -> None:
+    assert QuantizeActivations(max_error=0.1).needs_calibration
+    assert not QuantizeActivations().needs_calibration
+    for value in (0, -1.0, float("inf"), float("nan"), "0.1", True):
+        with pytest.raises(RecipeError, match="max_error=.*expected a positive number"):
+            QuantizeActivations(max_error=value)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="tokens=0"):
+        QuantizeActivations(tokens=0)

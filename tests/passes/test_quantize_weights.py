@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from fxcompress.edits import SetWeight
+from fxcompress.calibration import as_calibration
+from fxcompress.capture.export import capture_model
+from fxcompress.edits import SetTensor, SetWeight
 from fxcompress.errors import FormatError, RecipeError
 from fxcompress.formats import IntFormat
 from fxcompress.formats.integer import decode, encode, find_parameters
-from fxcompress.forms import QuantizedWeight, WeightLayout
+from fxcompress.forms import QuantizedWeight, Scale, WeightLayout
+from fxcompress.manager import run_recipe
 from fxcompress.passes import QuantizeWeights
+from fxcompress.passes.quantize_weights import column_factor
 from tests.passes.models import Attention, Autoencoder, Convolutions, Language, Products
 from tests.passes.one_block import OneBlock, block_of, compressed, refusals
 
@@ -182,3 +186,73 @@ def test_options_are_checked(options: dict[str, Any], error: type[Exception], me
 def test_lists_and_single_patterns_become_tuples() -> None:
     assert QuantizeWeights(include=["a", "b"], exclude="c").include == ("a", "b")  # type: ignore[arg-type]
     assert QuantizeWeights(exclude="c").exclude == ("c",)  # type: ignore[arg-type]
+
+
+def outlying_table(tied: bool = True) -> OneBlock:
+    """A language model with one column of the table far larger than the others."""
+    block = block_of(Language(tied), (IDS,))
+    block.state.apply(
+        SetTensor("table.weight", block.weight("table.weight") * torch.tensor([1.0] * 19 + [50.0])), "test"
+    )
+    return block
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_factor_per_column_keeps_outlying_columns_from_setting_every_scale(tied: bool) -> None:
+    errors = []
+    for option in (False, True):
+        block = outlying_table(tied)
+        before = block.weight("table.weight").detach()
+        block.run(QuantizeWeights(column_scales=option))
+        form = block.state.form("table.weight")
+        after = block.state.effective("table.weight")
+        if option:
+            (transform,) = form.transform_in
+            assert isinstance(transform, Scale)
+            assert transform.factor.argmax() == 19
+            after = after * transform.factor
+            assert bool(block.state.form("head.weight").transform_in) != tied
+        else:
+            assert not form.transform_in
+        assert not block.state.form("layer.q.weight").transform_in
+        errors.append(float((after - before)[:, :19].norm()))
+    assert errors[1] < errors[0] / 5
+
+
+def test_the_factor_keeps_the_meaning_of_the_weight() -> None:
+    program = capture_model(Language(tied=True).eval(), (IDS,))
+    data = as_calibration([(IDS,)], program)
+    found = [
+        run_recipe(program, [QuantizeWeights(column_scales=option)], data).report.relative_error
+        for option in (False, True)
+    ]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[1] < 0.02
+
+
+def test_no_factor_where_a_use_could_not_take_it() -> None:
+    class Both(nn.Module):
+        """A table that is also multiplied from the other side."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 9)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.table(ids) @ self.table.weight
+
+    block = OneBlock(capture_model(Both().eval(), (IDS % 9,)), [(IDS % 9,)])
+    assert compressed(block.run(QuantizeWeights())) == ["table.weight"]
+    assert not block.state.form("table.weight").transform_in
+
+
+def test_column_factors_of_odd_matrices() -> None:
+    assert torch.equal(column_factor(torch.zeros(1, 3, 4)), torch.ones(4))
+    matrix = torch.tensor([[[0.0, 1e-30, 1e30, 1.0]]])
+    factor = column_factor(matrix)
+    assert factor[0] == 1
+    assert bool((factor > 0).all())
+    assert bool(torch.isfinite(matrix / factor).all())
+    equal = column_factor(torch.full((1, 2, 5), 3.0, dtype=torch.float16))
+    torch.testing.assert_close(equal, torch.ones(5))
