@@ -13,6 +13,7 @@ import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,7 +24,7 @@ from fxcompress.analysis.sites import find_sites
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError
-from fxcompress.forms import DynamicPerToken, QuantizedWeight, Scale, SiteForm, StaticPerTensor, WeightTerm
+from fxcompress.forms import Component, Eager, QuantizedWeight, SiteForm, WeightTerm
 
 ops = torch.ops.fxcompress
 aten = torch.ops.aten
@@ -86,7 +87,8 @@ class _Rewriter:
         self.graph = applied.module.graph
         self.state = state
         self.node_map = node_map
-        self.activations: dict[tuple[object, ...], fx.Node] = {}
+        self.calls: dict[tuple[object, ...], Any] = {}
+        self.shared: dict[tuple[object, ...], TensorRef] = {}
         self.form_nodes: dict[TensorRef, fx.Node] = {}
 
     def rewrite(self, site: Site) -> None:
@@ -129,11 +131,13 @@ class _Rewriter:
                 self.graph.erase_node(node)
 
     def _embedding(self, site: Site, node: fx.Node, term: QuantizedWeight) -> None:
-        codes, scale, zero = self._term_inputs(site.name, 0, term)
         columns = term.layout.matrix_shape[2]
         dtype = _value_dtype(site.weight_value)
         if term.layout.perm != (0, 1):
             return  # stored transposed: rows are not contiguous, the generic path serves
+        emit = _GraphEmit(self, site.name, "terms.0", term, node)
+        codes, scale = emit.tensor("codes"), emit.tensor("scale")
+        zero = emit.tensor("zero") if term.zero is not None else None
         with self.graph.inserting_before(node):
             new = self.graph.call_function(
                 ops.quantized_embedding.default,
@@ -170,16 +174,14 @@ class _Rewriter:
         """Insert input transforms and the activation quantizer before the site."""
         assert site.input is not None
         x = self.node_map[site.input]
-        new = x
-        for transform in form.transform_in:
-            if not isinstance(transform, Scale):
-                raise BackendError(
-                    f"{site.name}: {transform.kind} transforms are not representable in this version."
-                )
-            index = form.transform_in.index(transform)
-            factor = self._form_input(TensorRef(site.name, f"transform_in.{index}.factor"))
-            new = self._shared(("scale", x, site.name, index), node, aten.mul.Tensor, (new, factor))
-        new = self._quantize(site, node, new, form)
+        new: Any = x
+        dtype = _value_dtype(site.input)
+        for index, transform in enumerate(form.transform_in):
+            emit = _GraphEmit(self, site.name, f"transform_in.{index}", transform, node, new)
+            new = transform.emit(new, dtype, emit)
+        if form.activation is not None:
+            emit = _GraphEmit(self, site.name, "activation", form.activation, node, new)
+            new = form.activation.emit(new, dtype, emit)
         if new is not x:
             node.args = tuple(
                 new if argument is x and position == _input_position(node) else argument
@@ -189,67 +191,19 @@ class _Rewriter:
                 operands = tuple(new if operand is x else operand for operand in node.args[1])  # type: ignore[union-attr]
                 node.args = (node.args[0], operands, *node.args[2:])
 
-    def _quantize(self, site: Site, node: fx.Node, x: fx.Node, form: SiteForm) -> fx.Node:
-        quantizer = form.activation
-        if quantizer is None:
-            return x
-        dtype = _value_dtype(site.input) if site.input is not None else torch.float32
-        if isinstance(quantizer, DynamicPerToken):
-            key = ("dynamic", x, quantizer.bits)
-            pair = self._shared(key, node, ops.quantize_per_token.default, (x, quantizer.bits))
-            q = self._shared((*key, 0), node, operator.getitem, (pair, 0))
-            scale = self._shared((*key, 1), node, operator.getitem, (pair, 1))
-            return self._shared(
-                (*key, "dq"), node, ops.dequantize_activation.default, (q, scale, None, dtype)
-            )
-        if isinstance(quantizer, StaticPerTensor):
-            static = ("static", x, quantizer.bits, float(quantizer.scale), int(quantizer.zero))
-            scale = self._form_input(TensorRef(site.name, "activation.scale"))
-            zero = self._form_input(TensorRef(site.name, "activation.zero"))
-            q = self._shared(static, node, ops.quantize_per_tensor.default, (x, scale, zero, quantizer.bits))
-            return self._shared(
-                (*static, "dq"), node, ops.dequantize_activation.default, (q, scale, zero, dtype)
-            )
-        raise BackendError(
-            f"{site.name}: activation quantizer {quantizer.kind!r} has no graph representation."
-        )
-
-    def _shared(
-        self, key: tuple[object, ...], before: fx.Node, target: object, args: tuple[object, ...]
-    ) -> fx.Node:
-        """Create a node once per key; sites with the same input share their quantizer."""
-        if key not in self.activations:
-            with self.graph.inserting_before(before):
-                self.activations[key] = self.graph.call_function(target, args)  # type: ignore[arg-type]
-        return self.activations[key]
-
     def _dense(self, name: str, terms: Sequence[WeightTerm], dtype: torch.dtype, before: fx.Node) -> fx.Node:
         """The dequantized weight, computed right before its use so that it lives no longer than needed."""
         total: fx.Node | None = None
         for index, term in enumerate(terms):
-            if not isinstance(term, QuantizedWeight):
-                raise BackendError(f"{name}: weight term {term.kind!r} has no graph representation.")
-            codes, scale, zero = self._term_inputs(name, index, term)
-            options = (list(term.shape), list(term.perm), term.batch_dims, term.row_dims, dtype)
+            part: fx.Node = term.emit(dtype, _GraphEmit(self, name, f"terms.{index}", term, before))
+            self.applied.dequantized[part] = name
             with self.graph.inserting_before(before):
-                part = self.graph.call_function(
-                    ops.dequantize_weight.default, (codes, scale, zero, term.bits, term.group_size, *options)
-                )
-                self.applied.dequantized[part] = name
                 total = part if total is None else self.graph.call_function(aten.add.Tensor, (total, part))
         if total is None:
             raise BackendError(f"{name}: the form has no weight terms.")
         return total
 
-    def _term_inputs(
-        self, name: str, index: int, term: QuantizedWeight
-    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-        codes = self._form_input(TensorRef(name, f"terms.{index}.codes"))
-        scale = self._form_input(TensorRef(name, f"terms.{index}.scale"))
-        zero = self._form_input(TensorRef(name, f"terms.{index}.zero")) if term.zero is not None else None
-        return codes, scale, zero
-
-    def _form_input(self, ref: TensorRef) -> fx.Node:
+    def form_input(self, ref: TensorRef) -> fx.Node:
         if ref not in self.form_nodes:
             with self.graph.inserting_before(self._first_node()):
                 node = self.graph.placeholder(f"form_{len(self.form_nodes)}")
@@ -261,6 +215,61 @@ class _Rewriter:
     def _first_node(self) -> fx.Node:
         first: fx.Node = next(iter(self.graph.nodes))
         return first
+
+
+@dataclass(frozen=True)
+class _GraphEmit:
+    """Turns the calls of one component into nodes.
+
+    Args:
+        rewriter: Whose graph.
+        name: Parameter whose form holds the component.
+        path: Where in the form.
+        component: The component.
+        before: New nodes come before this one.
+        of: The activation it acts on. Sites with the same input share what acts alike on it: equal tensors of
+            their forms are one input of the graph, equal calls one node. None (a weight) shares nothing.
+    """
+
+    rewriter: _Rewriter
+    name: str
+    path: str
+    component: Component
+    before: fx.Node
+    of: Any = None
+
+    def call(self, target: Any, *args: Any) -> Any:
+        """A node (a tuple of them for several results) in place of the call."""
+        key = (target, *map(_hashable, args))
+        if self.of is None or key not in self.rewriter.calls:
+            graph = self.rewriter.graph
+            with graph.inserting_before(self.before):
+                made: Any = graph.call_function(target, args)
+                results = len(target._schema.returns)
+                if results > 1:
+                    made = tuple(graph.call_function(operator.getitem, (made, i)) for i in range(results))
+            if self.of is None:
+                return made
+            self.rewriter.calls[key] = made
+        return self.rewriter.calls[key]
+
+    def tensor(self, field: str) -> fx.Node:
+        """The graph input that takes the tensor."""
+        ref = TensorRef(self.name, f"{self.path}.{field}")
+        if self.of is not None:
+            value = Eager(self.component).tensor(field)
+            key = (self.of, value.dtype, tuple(value.shape), tensor_bytes(value))
+            ref = self.rewriter.shared.setdefault(key, ref)
+        return self.rewriter.form_input(ref)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The tensor's values in row-major order, as bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _hashable(argument: Any) -> object:
+    return tuple(map(_hashable, argument)) if isinstance(argument, list | tuple) else argument
 
 
 _REMOVABLE = {

@@ -40,6 +40,20 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "fp8": {
+        "summary": "8-bit floating-point weights per channel and activations per token; needs no data",
+        "passes": [
+            {"quantize-weights": {"format": "fp8-e4m3"}},
+            {"quantize-activations": {"format": "fp8-e4m3", "mode": "dynamic"}},
+        ],
+    },
+    "fp8-static": {
+        "summary": "8-bit floating point with one calibrated scale per activation; needs calibration data",
+        "passes": [
+            {"quantize-weights": {"format": "fp8-e4m3"}},
+            {"quantize-activations": {"format": "fp8-e4m3", "mode": "static"}},
+        ],
+    },
 }
 
 

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, FuseSites, Refuse
-from fxcompress.forms import ActivationQuantizer, DynamicPerToken, QuantizedWeight, SiteForm, StaticPerTensor
+from fxcompress.forms import ActivationQuantizer, QuantizedWeight, SiteForm
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._selection import Candidate, SelectivePass, candidates
 
@@ -109,9 +108,4 @@ def _same_product(left: SiteForm, right: SiteForm) -> bool:
 def _same_quantizer(left: ActivationQuantizer | None, right: ActivationQuantizer | None) -> bool:
     if left is None or right is None:
         return left is right
-    if isinstance(left, DynamicPerToken) and isinstance(right, DynamicPerToken):
-        return left.bits == right.bits
-    if isinstance(left, StaticPerTensor) and isinstance(right, StaticPerTensor):
-        same_grid = torch.equal(left.scale, right.scale) and torch.equal(left.zero, right.zero)
-        return left.bits == right.bits and same_grid
-    return False
+    return left.same_as(right)

@@ -10,7 +10,7 @@ Keeps: the weight, the bias and the shape and dtype of the result.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -19,9 +19,16 @@ from torch import Tensor
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.edits import Edit, Refuse, SetActivation
 from fxcompress.errors import CalibrationError, RecipeError
-from fxcompress.forms import ActivationQuantizer, DynamicPerToken, StaticPerTensor
+from fxcompress.formats.floating import FLOAT_DTYPES
+from fxcompress.forms import (
+    ActivationQuantizer,
+    DynamicPerToken,
+    FloatPerTensor,
+    FloatPerToken,
+    StaticPerTensor,
+)
 from fxcompress.pass_base import BlockContext
-from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates
+from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates, float_kind
 
 _CONVOLUTIONS = (SiteKind.CONV, SiteKind.CONV_TRANSPOSED)
 
@@ -31,6 +38,7 @@ class QuantizeActivations(SelectivePass):
     """Quantize the input of every matrix product.
 
     Args:
+        format: ``"int"`` (default), ``"fp8-e4m3"`` or ``"fp8-e5m2"`` (8-bit floating point, no zero-point).
         bits: Code width, 2…8. Default 8.
         mode: ``"dynamic"``: per token, no data needed. ``"static"``: per tensor, calibrated; cheaper at run
             time and possible for convolutions, but one outlier widens the grid for all. Default
@@ -48,6 +56,7 @@ class QuantizeActivations(SelectivePass):
         True
     """
 
+    format: str = field(default="int", kw_only=True)
     bits: int = 8
     mode: Literal["dynamic", "static"] = "dynamic"
     heads: bool = False
@@ -65,6 +74,7 @@ class QuantizeActivations(SelectivePass):
             raise RecipeError(f"{self.name}: mode={self.mode!r}, expected 'dynamic' or 'static'.")
         if not isinstance(self.heads, bool):
             raise RecipeError(f"{self.name}: heads={self.heads!r}, expected true or false.")
+        float_kind(self.name, self.format, self.bits)
         # Only one of the modes needs data; an instance may say so, the class cannot.
         object.__setattr__(self, "needs_calibration", self.mode == "static")
 
@@ -79,8 +89,10 @@ class QuantizeActivations(SelectivePass):
             else:
                 yield Refuse(candidate.name, reason)
         if self.mode == "dynamic":
+            kind = float_kind(self.name, self.format, self.bits)
+            dynamic = DynamicPerToken(self.bits) if kind is None else FloatPerToken(kind)
             for candidate in chosen:
-                yield SetActivation(candidate.name, DynamicPerToken(self.bits), f"int{self.bits} per token")
+                yield SetActivation(candidate.name, dynamic, dynamic.describe())
             return
         statistics = (
             block.statistics([site for candidate in chosen for site in _products(candidate)])
@@ -94,9 +106,15 @@ class QuantizeActivations(SelectivePass):
                 continue
             low = torch.stack([seen.minimum.min() for seen in found if seen.count]).min()
             high = torch.stack([seen.maximum.max() for seen in found if seen.count]).max()
-            quantizer = static_quantizer(low, high, self.bits, candidate.name)
-            reason = f"int{self.bits} per tensor, calibrated range {float(low):.4g}…{float(high):.4g}"
+            quantizer = self._static(low, high, candidate.name)
+            reason = f"{quantizer.describe()}, calibrated range {float(low):.4g}…{float(high):.4g}"
             yield SetActivation(candidate.name, quantizer, reason)
+
+    def _static(self, low: Tensor, high: Tensor, name: str) -> ActivationQuantizer:
+        kind = float_kind(self.name, self.format, self.bits)
+        if kind is None:
+            return static_quantizer(low, high, self.bits, name)
+        return static_float_quantizer(torch.maximum(-low, high), kind, name)
 
     def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
         reason = self.unselected(block.program, candidate.name)
@@ -131,11 +149,7 @@ def static_quantizer(low: Tensor, high: Tensor, bits: int, name: str) -> Activat
         CalibrationError: ``low`` or ``high`` is not finite.
     """
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise CalibrationError(
-            f"{name}: its calibrated inputs contain NaN or inf.",
-            fix="check the calibration data, and the model's dtype (float16 overflows).",
-        )
+    _check_finite(torch.stack([low, high]), name)
     levels = 2**bits - 1
     scale = ((high - low) / levels).float().clamp_min(torch.finfo(torch.float32).tiny)
     if float(high) == float(low):  # both zero
@@ -143,6 +157,30 @@ def static_quantizer(low: Tensor, high: Tensor, bits: int, name: str) -> Activat
     first = -(2 ** (bits - 1))
     zero = (first - low / scale).round().clamp(first, first + levels)
     return StaticPerTensor(bits=bits, scale=scale, zero=zero.to(torch.int32))
+
+
+def static_float_quantizer(top: Tensor, kind: str, name: str) -> FloatPerTensor:
+    """The floating-point quantizer whose largest code is ``top``.
+
+    Args:
+        top: 0-d, greatest magnitude seen; counts as 1/512 when it is less, as in dynamic quantization.
+        kind: ``"e4m3"`` or ``"e5m2"``.
+        name: Parameter, for messages.
+
+    Raises:
+        CalibrationError: ``top`` is not finite.
+    """
+    _check_finite(top, name)
+    largest = float(torch.finfo(FLOAT_DTYPES[kind]).max)
+    return FloatPerTensor(kind, (top.double().clamp_min(1 / 512) / largest).to("cpu", torch.float32))
+
+
+def _check_finite(value: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise CalibrationError(
+            f"{name}: its calibrated inputs contain NaN or inf.",
+            fix="check the calibration data, and the model's dtype (float16 overflows).",
+        )
 
 
 def _products(candidate: Candidate) -> list[Site]:

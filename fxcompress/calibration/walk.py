@@ -14,11 +14,11 @@ from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.sites import find_sites
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
-from fxcompress.errors import CalibrationError, FormatError
-from fxcompress.forms import Scale, SiteForm, Transform
-from fxcompress.ops.activation import apply_quantizer
+from fxcompress.errors import CalibrationError
+from fxcompress.forms import SiteForm
+from fxcompress.ops.activation import apply_quantizer, apply_transforms
 
-__all__ = ["BlockRunner", "Plan", "Values", "Walk", "apply_transforms"]
+__all__ = ["BlockRunner", "Plan", "Values", "Walk"]
 
 Values = dict[fx.Node, Any]
 
@@ -67,19 +67,6 @@ class Plan:
     def uses(self, name: str) -> list[Site]:
         """All sites of one parameter."""
         return [site for site in self.sites if site.name == name]
-
-
-def apply_transforms(x: Tensor, transforms: Sequence[Transform]) -> Tensor:
-    """Apply input or output transforms in order.
-
-    Raises:
-        FormatError: a transform that has no reference implementation.
-    """
-    for transform in transforms:
-        if not isinstance(transform, Scale):
-            raise FormatError(f"transform {transform.kind!r} has no reference implementation.")
-        x = x * transform.factor.to(x.dtype)
-    return x
 
 
 class BlockRunner:

@@ -32,6 +32,10 @@ class Component:
         self.to_spec("", found)
         return {name.removeprefix("."): tensor for name, tensor in found.items()}
 
+    def describe(self) -> str:
+        """A few words for the report."""
+        return self.kind
+
     @property
     def nbytes(self) -> int:
         """Stored bytes of all tensors of this component."""

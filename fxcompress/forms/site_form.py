@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,17 @@ from torch import Tensor
 from fxcompress.errors import FormatError
 from fxcompress.forms.activation import ActivationQuantizer
 from fxcompress.forms.component import Component, component
+from fxcompress.forms.emit import Emit
 from fxcompress.forms.terms import WeightTerm
 
 
 @dataclass(frozen=True, eq=False)
 class Transform(Component):
     """A change of the site's input or output basis that could not be folded into a neighbour."""
+
+    def emit(self, x: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """Describe the transformed ``x: [..., K]`` of ``dtype``; see :mod:`fxcompress.forms.emit`."""
+        raise FormatError(f"{type(self).__name__} does not implement emit()")
 
 
 @component("scale")
@@ -24,6 +30,13 @@ class Scale(Transform):
     """Multiply the last dimension by ``factor: [K]``."""
 
     factor: Tensor
+
+    def emit(self, x: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """A product in the dtype of ``x``."""
+        factor = emit.tensor("factor")
+        if self.factor.dtype != dtype:
+            factor = emit.call(torch.ops.aten.to.dtype, factor, dtype)
+        return emit.call(torch.ops.aten.mul.Tensor, x, factor)
 
 
 @component("site-form")

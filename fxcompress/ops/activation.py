@@ -6,14 +6,15 @@ half to even.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fxcompress.errors import FormatError
-from fxcompress.forms.activation import ActivationQuantizer, DynamicPerToken, StaticPerTensor
+from fxcompress.forms import ActivationQuantizer, Eager, Transform
 from fxcompress.ops._library import composite
 
-__all__ = ["apply_quantizer"]
+__all__ = ["apply_quantizer", "apply_transforms"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -65,23 +66,26 @@ def apply_quantizer(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
         ``[..., K]`` in the dtype of ``x``.
 
     Raises:
-        FormatError: the quantizer is of an unknown type.
+        FormatError: the quantizer says not how it computes.
 
     Example:
         >>> apply_quantizer(torch.tensor([[0.0, 1.0, 127.0]]), DynamicPerToken(bits=8)).tolist()
         [[0.0, 1.0, 127.0]]
     """
-    ops = torch.ops.fxcompress
-    value: Tensor
-    if isinstance(quantizer, DynamicPerToken):
-        q, scale = ops.quantize_per_token.default(x, quantizer.bits)
-        value = ops.dequantize_activation.default(q, scale, None, x.dtype)
-    elif isinstance(quantizer, StaticPerTensor):
-        q = ops.quantize_per_tensor.default(x, quantizer.scale, quantizer.zero, quantizer.bits)
-        value = ops.dequantize_activation.default(q, quantizer.scale, quantizer.zero, x.dtype)
-    else:
-        raise FormatError(
-            f"apply_quantizer: unknown activation quantizer {type(quantizer).__name__}.",
-            fix="use DynamicPerToken or StaticPerTensor.",
-        )
+    value: Tensor = quantizer.emit(x, x.dtype, Eager(quantizer))
     return value
+
+
+def apply_transforms(x: Tensor, transforms: Sequence[Transform]) -> Tensor:
+    """Apply input or output transforms in order.
+
+    Args:
+        x: ``[..., K]`` floating.
+        transforms: What to apply.
+
+    Raises:
+        FormatError: a transform that has no reference implementation.
+    """
+    for transform in transforms:
+        x = transform.emit(x, x.dtype, Eager(transform))
+    return x

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from fxcompress.edits import SetActivation
 from fxcompress.errors import CalibrationError, RecipeError
-from fxcompress.forms import DynamicPerToken, StaticPerTensor
+from fxcompress.forms import DynamicPerToken, FloatPerTensor, FloatPerToken, StaticPerTensor
 from fxcompress.ops.activation import apply_quantizer
 from fxcompress.passes import QuantizeActivations
-from fxcompress.passes.quantize_activations import static_quantizer
+from fxcompress.passes.quantize_activations import static_float_quantizer, static_quantizer
 from tests.passes.models import Attention, Autoencoder, Convolutions, Language, Products
 from tests.passes.one_block import OneBlock, block_of, refusals
 
@@ -172,3 +172,35 @@ def test_static_range_covers_all_uses_or_is_refused() -> None:
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         QuantizeActivations(**options)
+
+
+def test_floating_point_activations() -> None:
+    block = attention()
+    assert refusals(block.run(QuantizeActivations(format="fp8-e5m2"))) == {}
+    quantizer = block.state.form("q.weight").activation
+    assert isinstance(quantizer, FloatPerToken)
+    assert quantizer.format_kind == "e5m2"
+    assert set(refusals(block.run(QuantizeActivations(format="fp8-e5m2"))).values()) == {
+        "its input is quantized already"
+    }
+
+
+def test_floating_point_static_scale_is_the_greatest_magnitude_over_448() -> None:
+    block = attention()
+    site = next(site for site in block.sites if site.name == "q.weight")
+    top = max(float(value.abs().max()) for value in block.batches(site))
+    block.run(QuantizeActivations(format="fp8-e4m3", mode="static"))
+    quantizer = block.state.form("q.weight").activation
+    assert isinstance(quantizer, FloatPerTensor)
+    assert quantizer.scale.item() == pytest.approx(top / 448, rel=1e-6)
+    zero = static_float_quantizer(torch.tensor(0.0), "e4m3", "w")
+    assert zero.scale.item() == pytest.approx(1 / (448 * 512))
+    with pytest.raises(CalibrationError, match="w: its calibrated inputs contain NaN or inf"):
+        static_float_quantizer(torch.tensor(float("inf")), "e4m3", "w")
+
+
+def test_floating_point_options_are_checked() -> None:
+    with pytest.raises(RecipeError, match="format='fp4'"):
+        QuantizeActivations(format="fp4")
+    with pytest.raises(RecipeError, match="has 8 bits"):
+        QuantizeActivations(format="fp8-e4m3", bits=4)
