@@ -24,7 +24,17 @@ from fxcompress.analysis.sites import find_sites
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError
-from fxcompress.forms import Component, Eager, QuantizedWeight, SiteForm, WeightTerm
+from fxcompress.forms import (
+    Component,
+    Eager,
+    FixedOutliers,
+    OutlierColumns,
+    OutlierSplit,
+    QuantizedWeight,
+    SiteForm,
+    SplitQuantizer,
+    WeightTerm,
+)
 
 ops = torch.ops.fxcompress
 aten = torch.ops.aten
@@ -96,9 +106,10 @@ class _Rewriter:
         if form is None:
             return
         node = self.node_map[site.node]
-        if site.takes_activation:
+        split = site.kind is SiteKind.LINEAR and self._split(site, node, form)
+        if site.takes_activation and not split:
             self._input(site, node, form)
-        if form.terms:
+        if form.terms and not split:
             if (
                 site.kind is SiteKind.EMBEDDING
                 and isinstance(form.terms[0], QuantizedWeight)
@@ -149,18 +160,55 @@ class _Rewriter:
     def _linear(self, site: Site, node: fx.Node, form: SiteForm) -> None:
         if any(term.parameter_shape != site.layout.shape for term in form.terms):
             return
-        bias = self.node_map[site.bias_node] if site.bias_node is not None else None
-        dtype = _value_dtype(site.weight_value)
-        weight = self._dense(site.name, form.terms, dtype, node)
-        if site.layout.perm != (0, 1):
-            with self.graph.inserting_before(node):
-                weight = self.graph.call_function(aten.t.default, (weight,))
         x = node.args[1] if node.target is aten.addmm.default else node.args[0]
+        self._replace(node, self._product(site, node, x, form.terms))
+
+    def _product(self, site: Site, node: fx.Node, x: Any, terms: Sequence[WeightTerm]) -> fx.Node:
+        """``aten.linear`` of ``x`` with the terms and the site's own bias, before ``node``."""
+        bias = self.node_map[site.bias_node] if site.bias_node is not None else None
+        weight = self._dense(site.name, terms, _value_dtype(site.weight_value), node)
         with self.graph.inserting_before(node):
-            new = self.graph.call_function(
+            if site.layout.perm != (0, 1):
+                weight = self.graph.call_function(aten.t.default, (weight,))
+            return self.graph.call_function(
                 aten.linear.default, (x, weight, *(() if bias is None else (bias,)))
             )
+
+    def _split(self, site: Site, node: fx.Node, form: SiteForm) -> bool:
+        """One product per part of a split activation, where the terms allow: integers and outliers apart."""
+        quantizer, terms = form.activation, form.terms
+        if not isinstance(quantizer, SplitQuantizer) or not terms:
+            return False
+        main, side = terms[0], terms[1:]
+        if not isinstance(main, QuantizedWeight) or main.parameter_shape != site.layout.shape:
+            return False
+        found_at_run_time = isinstance(quantizer, OutlierSplit) and not side and main.batch_dims == 0
+        chosen = (
+            isinstance(quantizer, FixedOutliers)
+            and len(side) == 1
+            and isinstance(side[0], OutlierColumns)
+            and torch.equal(side[0].columns, quantizer.columns)
+        )
+        if not found_at_run_time and not chosen:
+            return False
+        x, dtype = self._transformed(site, node, form)
+        emit = _GraphEmit(self, site.name, "activation", quantizer, node, x)
+        coarse, fine = quantizer.split(x, dtype, emit)
+        y = self._product(site, node, coarse, terms[:1])
+        if chosen:
+            values = _GraphEmit(self, site.name, "terms.1", side[0], node).tensor("values")
+            target, args = aten.linear.default, (fine, values)
+        else:
+            tensors = _GraphEmit(self, site.name, "terms.0", main, node)
+            zero = tensors.tensor("zero") if main.zero is not None else None
+            packed = (tensors.tensor("codes"), tensors.tensor("scale"), zero)
+            shape = (list(main.shape), list(main.perm))
+            target, args = ops.outlier_product.default, (fine, *packed, main.bits, main.group_size, *shape)
+        with self.graph.inserting_before(node):
+            beside = self.graph.call_function(target, args)
+            new = self.graph.call_function(aten.add.Tensor, (y, beside))
         self._replace(node, new)
+        return True
 
     def _replace(self, node: fx.Node, new: fx.Node) -> None:
         new.meta = dict(node.meta)
@@ -174,11 +222,7 @@ class _Rewriter:
         """Insert input transforms and the activation quantizer before the site."""
         assert site.input is not None
         x = self.node_map[site.input]
-        new: Any = x
-        dtype = _value_dtype(site.input)
-        for index, transform in enumerate(form.transform_in):
-            emit = _GraphEmit(self, site.name, f"transform_in.{index}", transform, node, new)
-            new = transform.emit(new, dtype, emit)
+        new, dtype = self._transformed(site, node, form)
         if form.activation is not None:
             emit = _GraphEmit(self, site.name, "activation", form.activation, node, new)
             new = form.activation.emit(new, dtype, emit)
@@ -190,6 +234,16 @@ class _Rewriter:
             if node.target is aten.einsum.default:
                 operands = tuple(new if operand is x else operand for operand in node.args[1])  # type: ignore[union-attr]
                 node.args = (node.args[0], operands, *node.args[2:])
+
+    def _transformed(self, site: Site, node: fx.Node, form: SiteForm) -> tuple[Any, torch.dtype]:
+        """The site's input after its transforms, and its dtype."""
+        assert site.input is not None
+        x: Any = self.node_map[site.input]
+        dtype = _value_dtype(site.input)
+        for index, transform in enumerate(form.transform_in):
+            emit = _GraphEmit(self, site.name, f"transform_in.{index}", transform, node, x)
+            x = transform.emit(x, dtype, emit)
+        return x, dtype
 
     def _dense(self, name: str, terms: Sequence[WeightTerm], dtype: torch.dtype, before: fx.Node) -> fx.Node:
         """The dequantized weight, computed right before its use so that it lives no longer than needed."""

@@ -40,6 +40,17 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "w8a8-outlier-split": {
+        "summary": "w8a8 with channels that reach 6.0 computed in float, found in every call; needs no data",
+        "passes": ["split-outlier-features", {"quantize-weights": {"bits": 8, "only_remaining": True}}],
+    },
+    "w8a8-outlier-columns": {
+        "summary": "w8a8 with the 16 largest channels of every layer in float; needs calibration data",
+        "passes": [
+            {"split-outlier-features": {"columns": 16}},
+            {"quantize-weights": {"bits": 8, "only_remaining": True}},
+        ],
+    },
     "fp8": {
         "summary": "8-bit floating-point weights per channel and activations per token; needs no data",
         "passes": [

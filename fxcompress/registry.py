@@ -38,6 +38,7 @@ BUILTIN_PASSES: dict[str, str] = {
     "gptq": "fxcompress.passes.gptq:Gptq",
     "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",
+    "split-outlier-features": "fxcompress.passes.split_outlier_features:SplitOutlierFeatures",
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
 }
 BUILTIN_BACKENDS: dict[str, str] = {

@@ -12,5 +12,13 @@ from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.smooth_activations import SmoothActivations
+from fxcompress.passes.split_outlier_features import SplitOutlierFeatures
 
-__all__ = ["FuseSiblings", "Gptq", "QuantizeActivations", "QuantizeWeights", "SmoothActivations"]
+__all__ = [
+    "FuseSiblings",
+    "Gptq",
+    "QuantizeActivations",
+    "QuantizeWeights",
+    "SmoothActivations",
+    "SplitOutlierFeatures",
+]

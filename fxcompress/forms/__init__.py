@@ -10,6 +10,7 @@ from fxcompress.forms.activation import (
 from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
+from fxcompress.forms.outliers import FixedOutliers, OutlierColumns, OutlierSplit, SplitQuantizer
 from fxcompress.forms.site_form import Scale, SiteForm, Transform
 from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
 
@@ -19,12 +20,16 @@ __all__ = [
     "DynamicPerToken",
     "Eager",
     "Emit",
+    "FixedOutliers",
     "FloatPerTensor",
     "FloatPerToken",
     "FloatWeight",
+    "OutlierColumns",
+    "OutlierSplit",
     "QuantizedWeight",
     "Scale",
     "SiteForm",
+    "SplitQuantizer",
     "StaticPerTensor",
     "Transform",
     "WeightLayout",
