@@ -197,13 +197,15 @@ class _Rewriter:
         y = self._product(site, node, coarse, terms[:1])
         if chosen:
             values = _GraphEmit(self, site.name, "terms.1", side[0], node).tensor("values")
-            target, args = aten.linear.default, (fine, values)
+            target: Any = aten.linear.default
+            args: tuple[Any, ...] = (fine, values)
         else:
             tensors = _GraphEmit(self, site.name, "terms.0", main, node)
             zero = tensors.tensor("zero") if main.zero is not None else None
             packed = (tensors.tensor("codes"), tensors.tensor("scale"), zero)
             shape = (list(main.shape), list(main.perm))
-            target, args = ops.outlier_product.default, (fine, *packed, main.bits, main.group_size, *shape)
+            target = ops.outlier_product.default
+            args = (fine, *packed, main.bits, main.group_size, *shape)
         with self.graph.inserting_before(node):
             beside = self.graph.call_function(target, args)
             new = self.graph.call_function(aten.add.Tensor, (y, beside))

@@ -56,7 +56,7 @@ class BlockContext(Protocol):
         ...
 
     def batches(self, site: Site) -> Iterator[Tensor]:
-        """The raw input tensors of one site, one per calibration batch."""
+        """The input tensors of one site (after its input transforms), one per calibration batch."""
         ...
 
 

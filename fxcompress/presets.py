@@ -51,6 +51,16 @@ PRESETS: dict[str, dict[str, Any]] = {
             {"quantize-weights": {"bits": 8, "only_remaining": True}},
         ],
     },
+    "w4a8-reorder": {
+        "summary": "GPTQ 4-bit weights, 8-bit activations with a scale per cluster of channels; needs data",
+        "passes": [
+            "reorder-channels",
+            {"gptq": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "search": True, "only_remaining": True}},
+            {"quantize-activations": {"bits": 8, "mode": "cluster"}},
+            "fuse-siblings",
+        ],
+    },
     "fp8": {
         "summary": "8-bit floating-point weights per channel and activations per token; needs no data",
         "passes": [

@@ -35,6 +35,7 @@ BACKEND_GROUP = "fxcompress.backends"
 
 BUILTIN_PASSES: dict[str, str] = {
     "smooth-activations": "fxcompress.passes.smooth_activations:SmoothActivations",
+    "reorder-channels": "fxcompress.passes.reorder_channels:ReorderChannels",
     "gptq": "fxcompress.passes.gptq:Gptq",
     "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",

@@ -11,6 +11,7 @@ from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_weights import QuantizeWeights
+from fxcompress.passes.reorder_channels import ReorderChannels
 from fxcompress.passes.smooth_activations import SmoothActivations
 from fxcompress.passes.split_outlier_features import SplitOutlierFeatures
 
@@ -19,6 +20,7 @@ __all__ = [
     "Gptq",
     "QuantizeActivations",
     "QuantizeWeights",
+    "ReorderChannels",
     "SmoothActivations",
     "SplitOutlierFeatures",
 ]

@@ -88,8 +88,8 @@ class FuseSiblings(SelectivePass):
             return "its weight is not quantized"
         if form.terms[0].group_size == -1:
             return "one scale per matrix does not extend to a larger matrix"
-        if form.transform_in or form.transform_out:
-            return "it has a transform of its own"
+        if form.transform_out:
+            return "it has an output transform of its own"
         return None
 
 
@@ -102,6 +102,8 @@ def _same_product(left: SiteForm, right: SiteForm) -> bool:
         and a.format == b.format
         and a.scale.dtype == b.scale.dtype
         and _same_quantizer(left.activation, right.activation)
+        and len(left.transform_in) == len(right.transform_in)
+        and all(x.same_as(y) for x, y in zip(left.transform_in, right.transform_in, strict=True))
     )
 
 

@@ -25,6 +25,7 @@ from fxcompress.forms import (
     DynamicPerToken,
     FloatPerTensor,
     FloatPerToken,
+    StaticPerCluster,
     StaticPerTensor,
 )
 from fxcompress.pass_base import BlockContext
@@ -41,7 +42,8 @@ class QuantizeActivations(SelectivePass):
         format: ``"int"`` (default), ``"fp8-e4m3"`` or ``"fp8-e5m2"`` (8-bit floating point, no zero-point).
         bits: Code width, 2…8. Default 8.
         mode: ``"dynamic"``: per token, no data needed. ``"static"``: per tensor, calibrated; cheaper at run
-            time and possible for convolutions, but one outlier widens the grid for all. Default
+            time and possible for convolutions, but one outlier widens the grid for all. ``"cluster"``: per
+            cluster of channels, calibrated, for inputs that reorder-channels has put in order. Default
             ``"dynamic"``.
         heads: Also quantize the inputs of output heads and of tied embeddings. Default False: their result is
             the model's output, and no later layer evens out its error.
@@ -58,7 +60,7 @@ class QuantizeActivations(SelectivePass):
 
     format: str = field(default="int", kw_only=True)
     bits: int = 8
-    mode: Literal["dynamic", "static"] = "dynamic"
+    mode: Literal["dynamic", "static", "cluster"] = "dynamic"
     heads: bool = False
 
     name: ClassVar[str] = "quantize-activations"
@@ -70,13 +72,15 @@ class QuantizeActivations(SelectivePass):
         super().__post_init__()
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise RecipeError(f"{self.name}: bits={self.bits!r}, expected an integer 2…8.")
-        if self.mode not in ("dynamic", "static"):
-            raise RecipeError(f"{self.name}: mode={self.mode!r}, expected 'dynamic' or 'static'.")
+        if self.mode not in ("dynamic", "static", "cluster"):
+            raise RecipeError(f"{self.name}: mode={self.mode!r}, expected 'dynamic', 'static' or 'cluster'.")
+        if self.mode == "cluster" and self.format != "int":
+            raise RecipeError(f"{self.name}: mode='cluster' does not apply to format={self.format!r}.")
         if not isinstance(self.heads, bool):
             raise RecipeError(f"{self.name}: heads={self.heads!r}, expected true or false.")
         float_kind(self.name, self.format, self.bits)
         # Only one of the modes needs data; an instance may say so, the class cannot.
-        object.__setattr__(self, "needs_calibration", self.mode == "static")
+        object.__setattr__(self, "needs_calibration", self.mode != "dynamic")
 
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetActivation` or a :class:`Refuse` for every weight of the block."""
@@ -104,9 +108,16 @@ class QuantizeActivations(SelectivePass):
             if all(seen.count == 0 for seen in found):
                 yield Refuse(candidate.name, "no calibration token reaches it")
                 continue
-            low = torch.stack([seen.minimum.min() for seen in found if seen.count]).min()
-            high = torch.stack([seen.maximum.max() for seen in found if seen.count]).max()
-            quantizer = self._static(low, high, candidate.name)
+            lows = torch.stack([seen.minimum for seen in found if seen.count]).amin(0)  # [K]
+            highs = torch.stack([seen.maximum for seen in found if seen.count]).amax(0)
+            low, high = lows.min(), highs.max()
+            if self.mode == "cluster":
+                clusters = block.state.form(candidate.name).clusters
+                quantizer: ActivationQuantizer = cluster_quantizer(
+                    lows, highs, clusters, self.bits, candidate.name
+                )
+            else:
+                quantizer = self._static(low, high, candidate.name)
             reason = f"{quantizer.describe()}, calibrated range {float(low):.4g}…{float(high):.4g}"
             yield SetActivation(candidate.name, quantizer, reason)
 
@@ -127,13 +138,17 @@ class QuantizeActivations(SelectivePass):
             return "its input is quantized already"
         if candidate.role is not Role.MATRIX and not self.heads:
             return f"{candidate.role.value}: its input stays unquantized (heads=False)"
-        if self.mode == "static":
+        if self.mode == "cluster":
+            width = candidate.primary.layout.matrix_shape[2]
+            if sum(block.state.form(candidate.name).clusters) != width:
+                return "its input channels are in no clusters (run reorder-channels first)"
+        if self.mode != "dynamic":
             outside = any(site.takes_activation for site in candidate.uses if site not in candidate.here)
             return "used in several blocks, which one static range cannot serve" if outside else None
         return next((why for why in map(_no_tokens, products) if why is not None), None)
 
 
-def static_quantizer(low: Tensor, high: Tensor, bits: int, name: str) -> ActivationQuantizer:
+def static_quantizer(low: Tensor, high: Tensor, bits: int, name: str) -> StaticPerTensor:
     """The asymmetric quantizer of the range ``low…high``, widened to contain zero.
 
     Args:
@@ -157,6 +172,31 @@ def static_quantizer(low: Tensor, high: Tensor, bits: int, name: str) -> Activat
     first = -(2 ** (bits - 1))
     zero = (first - low / scale).round().clamp(first, first + levels)
     return StaticPerTensor(bits=bits, scale=scale, zero=zero.to(torch.int32))
+
+
+def cluster_quantizer(
+    low: Tensor, high: Tensor, clusters: tuple[int, ...], bits: int, name: str
+) -> StaticPerCluster:
+    """One :func:`static_quantizer` per cluster of neighbouring channels.
+
+    Args:
+        low: ``[K]`` least value seen per channel.
+        high: ``[K]`` greatest value seen per channel.
+        clusters: Sizes of the clusters, K in all. One cluster equals quantization per tensor, K clusters per
+            channel.
+        bits: Code width.
+        name: Parameter, for messages.
+
+    Raises:
+        CalibrationError: a value is not finite.
+    """
+    parts = [
+        static_quantizer(part_low.min(), part_high.max(), bits, name)
+        for part_low, part_high in zip(low.split(list(clusters)), high.split(list(clusters)), strict=True)
+    ]
+    ends = torch.tensor(clusters).cumsum(0)
+    scale, zero = torch.stack([part.scale for part in parts]), torch.stack([part.zero for part in parts])
+    return StaticPerCluster(bits, ends, scale.cpu(), zero.cpu())
 
 
 def static_float_quantizer(top: Tensor, kind: str, name: str) -> FloatPerTensor:

@@ -11,20 +11,19 @@ channel.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxcompress.analysis.blocks import find_blocks
 from fxcompress.analysis.sites import find_sites
 from fxcompress.analysis.smoothing import SmoothingAnalysis, SmoothingGroup, find_smoothing_groups
 from fxcompress.edits import Edit, Refuse
 from fxcompress.errors import RecipeError, WeightError
 from fxcompress.pass_base import BlockContext, Statistics
+from fxcompress.passes._inside import nodes_inside
 from fxcompress.passes._selection import SelectivePass, find_heads
 
 _FLOOR = 1e-5  # for max|W_:j| and for s_j, as in the authors' code
@@ -67,7 +66,9 @@ class SmoothActivations(SelectivePass):
     summary: ClassVar[str] = "Move activation outliers into the weights; the function stays the same."
     source: ClassVar[str] = "Xiao et al., 2023 (SmoothQuant, arXiv:2211.10438), section 4"
     provides: ClassVar[frozenset[str]] = frozenset({"smoothed"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "quantized-activations"})
+    conflicts: ClassVar[frozenset[str]] = frozenset(
+        {"quantized-weights", "quantized-activations", "reordered-channels"}
+    )
     needs_calibration: ClassVar[bool] = True
     preserves_function: ClassVar[bool] = True
 
@@ -172,23 +173,8 @@ def _analyze(block: BlockContext, fold_linear: bool) -> SmoothingAnalysis:
     program = block.program
     mine = {site.node for site in block.sites}
     others = [site for site in find_sites(program) if site.node not in mine]
-    here = {node.name for node in mine}
-    names = frozenset().union(*(part for part in _block_names(program.graph) if not part.isdisjoint(here)))
-    inside = {node for node in program.graph.nodes if node.name in names}
-    inside.difference_update(site.node for site in others)
+    inside = nodes_inside(block) - {site.node for site in others}
     return find_smoothing_groups(program, [*block.sites, *others], inside, fold_linear=fold_linear)
-
-
-# By name: nodes would keep their graph alive, and with it the entry.
-_KNOWN_BLOCKS: weakref.WeakKeyDictionary[fx.Graph, tuple[frozenset[str], ...]] = weakref.WeakKeyDictionary()
-
-
-def _block_names(graph: fx.Graph) -> tuple[frozenset[str], ...]:
-    """Node names of every block; found once per graph, since every block of it asks."""
-    if graph not in _KNOWN_BLOCKS:
-        blocks = find_blocks(graph)
-        _KNOWN_BLOCKS[graph] = tuple(frozenset(node.name for node in block.nodes) for block in blocks)
-    return _KNOWN_BLOCKS[graph]
 
 
 def _overlap(one: SmoothingGroup, two: SmoothingGroup) -> bool:

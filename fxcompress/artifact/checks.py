@@ -65,6 +65,8 @@ def check_form(name: str, form: SiteForm, info: TensorInfo) -> None:
         for transform in _components(name, field, transforms, Transform):
             if isinstance(transform, Scale):
                 _check_vector(name, field, transform.factor)
+    sizes = form.clusters
+    _require(_TYPES["tuple[int, ...]"](sizes), name, f"clusters is {sizes!r}, expected a list of sizes")
     if form.bias is not None:
         _check_vector(name, "bias", form.bias)
 

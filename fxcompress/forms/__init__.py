@@ -5,13 +5,14 @@ from fxcompress.forms.activation import (
     DynamicPerToken,
     FloatPerTensor,
     FloatPerToken,
+    StaticPerCluster,
     StaticPerTensor,
 )
 from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
 from fxcompress.forms.outliers import FixedOutliers, OutlierColumns, OutlierSplit, SplitQuantizer
-from fxcompress.forms.site_form import Scale, SiteForm, Transform
+from fxcompress.forms.site_form import Permute, Scale, SiteForm, Transform
 from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "FloatWeight",
     "OutlierColumns",
     "OutlierSplit",
+    "Permute",
     "QuantizedWeight",
     "Scale",
     "SiteForm",
     "SplitQuantizer",
+    "StaticPerCluster",
     "StaticPerTensor",
     "Transform",
     "WeightLayout",

@@ -28,15 +28,6 @@ class ActivationQuantizer(Component):
         """
         raise FormatError(f"{type(self).__name__} does not implement emit()")
 
-    def same_as(self, other: ActivationQuantizer) -> bool:
-        """Whether both quantize every input alike: same kind, options and tensors."""
-        mine, theirs = self.tensors(), other.tensors()
-        return (
-            type(self) is type(other)
-            and self.to_spec("", {}) == other.to_spec("", {})
-            and all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
-        )
-
 
 @component("dynamic-per-token")
 @dataclass(frozen=True, eq=False)
@@ -103,6 +94,50 @@ class StaticPerTensor(ActivationQuantizer):
     def describe(self) -> str:
         """E.g. ``"int8 activations static"``."""
         return f"int{self.bits} activations static"
+
+
+@component("static-per-cluster")
+@dataclass(frozen=True, eq=False)
+class StaticPerCluster(ActivationQuantizer):
+    """Calibrated scale and zero-point per cluster of neighbouring channels, on signed codes.
+
+    Args:
+        bits: Code width, 2…8.
+        ends: ``[C]`` int64, ascending: cluster c holds the channels ``ends[c-1] … ends[c]-1``.
+        scale: ``[C]`` float32, positive.
+        zero: ``[C]`` int32, signed zero-points.
+
+    Raises:
+        FormatError: ``bits`` is out of range, or a tensor's shape or dtype differs.
+    """
+
+    bits: int
+    ends: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise FormatError(f"StaticPerCluster: bits={self.bits}, expected 2…8.")
+        clusters = self.ends.numel()
+        for field, dtype in (("ends", torch.int64), ("scale", torch.float32), ("zero", torch.int32)):
+            tensor: Tensor = getattr(self, field)
+            if tuple(tensor.shape) != (clusters,) or tensor.dtype != dtype or not clusters:
+                raise FormatError(
+                    f"StaticPerCluster: {field} is {tuple(tensor.shape)} {tensor.dtype}, expected"
+                    f" ({clusters or 'C'},) {dtype}."
+                )
+
+    def emit(self, x: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """Calibrated scales and zero-points."""
+        ops = torch.ops.fxcompress
+        scale, zero, ends = emit.tensor("scale"), emit.tensor("zero"), emit.tensor("ends")
+        q = emit.call(ops.quantize_per_cluster.default, x, scale, zero, ends, self.bits)
+        return emit.call(ops.dequantize_per_cluster.default, q, scale, zero, ends, dtype)
+
+    def describe(self) -> str:
+        """E.g. ``"int8 activations static, 32 clusters"``."""
+        return f"int{self.bits} activations static, {self.ends.numel()} clusters"
 
 
 @component("float-per-token")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from fxcompress.errors import ArtifactError, FormatError
@@ -35,6 +36,15 @@ class Component:
     def describe(self) -> str:
         """A few words for the report."""
         return self.kind
+
+    def same_as(self, other: Component) -> bool:
+        """Whether both mean the same: same kind, options and tensors."""
+        mine, theirs = self.tensors(), other.tensors()
+        return (
+            type(self) is type(other)
+            and self.to_spec("", {}) == other.to_spec("", {})
+            and all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+        )
 
     @property
     def nbytes(self) -> int:

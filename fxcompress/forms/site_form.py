@@ -39,6 +39,28 @@ class Scale(Transform):
         return emit.call(torch.ops.aten.mul.Tensor, x, factor)
 
 
+@component("permute")
+@dataclass(frozen=True, eq=False)
+class Permute(Transform):
+    """Reorder the last dimension: channel p of the result is channel ``order[p]``.
+
+    Args:
+        order: ``[K]`` int64, a permutation.
+    """
+
+    order: Tensor
+
+    def __post_init__(self) -> None:
+        if self.order.dim() != 1 or self.order.dtype != torch.int64:
+            raise FormatError(
+                f"Permute: order is {tuple(self.order.shape)} {self.order.dtype}, expected an int64 vector."
+            )
+
+    def emit(self, x: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """A gather."""
+        return emit.call(torch.ops.aten.index_select.default, x, -1, emit.tensor("order"))
+
+
 @component("site-form")
 @dataclass(frozen=True, eq=False)
 class SiteForm(Component):
@@ -50,6 +72,8 @@ class SiteForm(Component):
         transform_in: Applied to the input in order, before the quantizer.
         transform_out: Applied to the output in order, before the bias.
         bias: Replacement bias ``[N]``, or None to keep the model's own.
+        clusters: Sizes of clusters of neighbouring input channels (after ``transform_in``) with similar
+            ranges, which an activation quantizer may use. Empty: not clustered.
     """
 
     terms: tuple[WeightTerm, ...] = ()
@@ -57,6 +81,7 @@ class SiteForm(Component):
     transform_in: tuple[Transform, ...] = ()
     transform_out: tuple[Transform, ...] = ()
     bias: Tensor | None = None
+    clusters: tuple[int, ...] = ()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Sum of the terms in the parameter's shape.

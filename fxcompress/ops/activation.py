@@ -55,6 +55,31 @@ def _dequantize_activation(q: Tensor, scale: Tensor, zero: Tensor | None, dtype:
     return (value * scale.to(compute)).to(dtype)
 
 
+def _cluster_of(ends: Tensor, width: int) -> Tensor:
+    """``[K]``: the cluster of every channel."""
+    return torch.bucketize(torch.arange(width, device=ends.device), ends, right=True)
+
+
+@composite("quantize_per_cluster(Tensor x, Tensor scale, Tensor zero, Tensor ends, int bits) -> Tensor")
+def _quantize_per_cluster(x: Tensor, scale: Tensor, zero: Tensor, ends: Tensor, bits: int) -> Tensor:
+    """:func:`quantize_per_tensor` with a scale and zero-point per cluster; channel k < ends[c] is in c."""
+    cluster = _cluster_of(ends, x.shape[-1])
+    bound = 1 << (bits - 1)
+    return (torch.round(_wide(x) / scale[cluster]) + zero[cluster]).clamp(-bound, bound - 1).to(torch.int8)
+
+
+@composite(
+    "dequantize_per_cluster(Tensor q, Tensor scale, Tensor zero, Tensor ends, ScalarType dtype) -> Tensor"
+)
+def _dequantize_per_cluster(
+    q: Tensor, scale: Tensor, zero: Tensor, ends: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``scale · (q − zero)`` in ``dtype``, by cluster."""
+    cluster = _cluster_of(ends, q.shape[-1])
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return ((q.to(compute) - zero[cluster].to(compute)) * scale[cluster].to(compute)).to(dtype)
+
+
 def apply_quantizer(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
     """Quantize and dequantize an activation: the values a quantized product sees.
 

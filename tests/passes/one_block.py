@@ -13,6 +13,7 @@ from fxcompress.calibration.statistics import ActivationStatistics, as_tokens
 from fxcompress.capture.export import capture_model
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState, Edit, Refuse, SetWeight
+from fxcompress.ops import apply_transforms
 from fxcompress.pass_base import Pass, Statistics
 
 Inputs = tuple[Any, ...]
@@ -78,7 +79,8 @@ class OneBlock:
     def batches(self, site: Site) -> Iterator[Tensor]:
         assert site.input is not None
         for inputs in self.inputs:
-            yield self.values(inputs, [site.input])[site.input.name]
+            x = self.values(inputs, [site.input])[site.input.name]
+            yield apply_transforms(x, self.state.form(site.name).transform_in)
 
     def values(self, inputs: Inputs, wanted: Sequence[fx.Node]) -> dict[str, Any]:
         """Values of graph nodes with all edits so far."""

@@ -90,9 +90,18 @@ def test_refusals_say_why() -> None:
         "k.weight": prefix + "excluded by 'k.*'",
         "v.weight": prefix + "its weight is not quantized",
         "q.weight": prefix + "none has the same number format",
-        "up.weight": prefix + "it has a transform of its own",
+        "up.weight": prefix + "none has the same number format",
         "gate.weight": prefix + "none has the same number format",
     }
+
+
+def test_siblings_with_equal_input_transforms_are_fused() -> None:
+    block = attention()
+    block.run(QuantizeWeights())
+    for name in ("gate.weight", "up.weight"):
+        transform = (Scale(torch.full((20,), 2.0)),)
+        block.state.forms[name] = dataclasses.replace(block.state.form(name), transform_in=transform)
+    assert fused(block) == [QKV, PAIR]
 
 
 def test_scales_per_matrix_and_shared_weights_stay_alone() -> None:

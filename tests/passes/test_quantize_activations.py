@@ -165,7 +165,7 @@ def test_static_range_covers_all_uses_or_is_refused() -> None:
     [
         ({"bits": 1}, "bits=1"),
         ({"bits": 8.0}, "bits=8.0"),
-        ({"mode": "both"}, "expected 'dynamic' or 'static'"),
+        ({"mode": "both"}, "expected 'dynamic', 'static' or 'cluster'"),
         ({"heads": 1}, "heads=1"),
     ],
 )
