@@ -61,6 +61,22 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "w8a8-zeroquant": {
+        "summary": "8-bit weights and activations, each layer distilled from the original; needs data",
+        "passes": [
+            {"layer-distill": {"bits": 8}},
+            {"quantize-weights": {"bits": 8, "only_remaining": True}},
+            "fuse-siblings",
+        ],
+    },
+    "w4a8-zeroquant": {
+        "summary": "4-bit weights in groups of 64, 8-bit activations, layers distilled; needs data",
+        "passes": [
+            {"layer-distill": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "only_remaining": True}},
+            "fuse-siblings",
+        ],
+    },
     "fp8": {
         "summary": "8-bit floating-point weights per channel and activations per token; needs no data",
         "passes": [

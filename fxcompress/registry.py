@@ -40,6 +40,7 @@ BUILTIN_PASSES: dict[str, str] = {
     "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",
     "split-outlier-features": "fxcompress.passes.split_outlier_features:SplitOutlierFeatures",
+    "layer-distill": "fxcompress.passes.layer_distill:LayerDistill",
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
 }
 BUILTIN_BACKENDS: dict[str, str] = {

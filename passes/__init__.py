@@ -9,6 +9,7 @@ if __name__ != "fxcompress.passes":
 
 from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
+from fxcompress.passes.layer_distill import LayerDistill
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.reorder_channels import ReorderChannels
@@ -18,6 +19,7 @@ from fxcompress.passes.split_outlier_features import SplitOutlierFeatures
 __all__ = [
     "FuseSiblings",
     "Gptq",
+    "LayerDistill",
     "QuantizeActivations",
     "QuantizeWeights",
     "ReorderChannels",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.analysis.site_types import Site
+from fxcompress.calibration.function import ProgramBlock
 from fxcompress.calibration.statistics import ActivationStatistics, as_tokens
 from fxcompress.calibration.walk import BlockRunner, Plan, Walk
 from fxcompress.edits import CompressionState
@@ -139,6 +140,14 @@ class Context:
         walk, runner = self._ready()
         for values in walk.collect(runner, [node]):
             yield apply_transforms(values[node], self.state.form(site.name).transform_in)
+
+    def function(self) -> ProgramBlock:
+        """The block as a differentiable function.
+
+        Raises:
+            CalibrationError: there are no calibration data.
+        """
+        return ProgramBlock(self._plan, self._feed.walk_at(self.index, self._where), self.state, self._where)
 
     def edited(self, names: Sequence[str]) -> None:
         """Called by the manager after each edit: what was measured no longer holds."""

@@ -15,8 +15,9 @@ from fxcompress.analysis.sites import find_sites
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
 from fxcompress.errors import CalibrationError
-from fxcompress.forms import SiteForm
+from fxcompress.forms import ActivationQuantizer, SiteForm
 from fxcompress.ops.activation import apply_quantizer, apply_transforms
+from fxcompress.ops.straight_through import straight_through
 
 __all__ = ["BlockRunner", "Plan", "Values", "Walk"]
 
@@ -80,13 +81,24 @@ class BlockRunner:
         index: Which block.
         state: Edits to compute with. Read at each run; call :meth:`forget` for names edited since.
         double: Compute everything in float64: weights, inputs and every dtype the graph itself asks for.
+        tensors: Values to use for some parameters. When given, gradients flow where the caller enables them
+            (straight through quantizers); else none are recorded.
     """
 
-    def __init__(self, plan: Plan, index: int, state: CompressionState, *, double: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        index: int,
+        state: CompressionState,
+        *,
+        double: bool = False,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.plan = plan
         self.block = plan.blocks[index]
         self.state = state
         self.double = double
+        self._tensors = tensors
         self._weights: dict[fx.Node, Any] = {}
         self._schedules: dict[tuple[fx.Node, ...], tuple[list[fx.Node], list[list[fx.Node]]]] = {}
         self._mutating = [node for node in self.block.nodes if _mutates(node)]
@@ -97,7 +109,6 @@ class BlockRunner:
         for node in [n for n in self._weights if program.weight_of.get(n.name) in names]:
             del self._weights[node]
 
-    @torch.no_grad()
     def run(self, values: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> Values:
         """Values of ``wanted`` for one batch, running only what they need.
 
@@ -105,6 +116,10 @@ class BlockRunner:
             values: User inputs and values of earlier blocks.
             wanted: Nodes of this block, or values it is given.
         """
+        with torch.set_grad_enabled(self._tensors is not None and torch.is_grad_enabled()):
+            return self._run(values, wanted)
+
+    def _run(self, values: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> Values:
         schedule, last_use = self._schedule(tuple(dict.fromkeys(wanted)))
         keep = set(wanted)
         env: Values = dict(values) if not self._mutating else _clone_values(values)
@@ -184,7 +199,11 @@ class BlockRunner:
         name = program.weight_of.get(node.name)
         if name is None:
             raise CalibrationError(f"{self.block.name}: the value {node.name!r} was not given.")
+        if self._tensors is not None and name in self._tensors:
+            return self._tensors[name]
         value = self.state.effective(name) if name in self.state.weights else program.weights[name]
+        if self._tensors is not None and isinstance(value, Tensor):
+            value = value.detach()
         if self._mutating and name not in program.parameters:
             value = value.clone()
         return self._cast(value)
@@ -219,7 +238,7 @@ class BlockRunner:
         new: Values = {}
         if site.input is not None and (form.transform_in or form.activation is not None):
             x = apply_transforms(self._read(site.input, env), form.transform_in)
-            new[site.input] = x if form.activation is None else apply_quantizer(x, form.activation)
+            new[site.input] = x if form.activation is None else self._quantized(x, form.activation)
         bias = self._read(site.bias_node, env) if site.bias_node is not None else None
         if form.bias is not None:
             bias = self._cast(form.bias)
@@ -240,6 +259,11 @@ class BlockRunner:
         if site.kind in (SiteKind.CONV, SiteKind.CONV_TRANSPOSED):
             bias = bias.reshape(-1, *([1] * (len(site.layout.shape) - 2)))
         return out + bias
+
+    def _quantized(self, x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+        if not torch.is_grad_enabled():
+            return apply_quantizer(x, quantizer)
+        return straight_through(x, apply_quantizer(x.detach(), quantizer))
 
 
 class Walk:
@@ -270,6 +294,10 @@ class Walk:
         """Values of ``wanted`` nodes of the current block, batch by batch; the walk stays where it is."""
         for index in range(len(self.inputs)):
             yield self._run(runner, index, wanted)
+
+    def value(self, runner: BlockRunner, index: int, wanted: Sequence[fx.Node]) -> Values:
+        """Values of ``wanted`` nodes of the current block for batch ``index``."""
+        return self._run(runner, index, wanted)
 
     def advance(self, state: CompressionState) -> None:
         """Run the current block on all batches and step to the next one."""

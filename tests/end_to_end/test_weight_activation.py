@@ -24,6 +24,8 @@ LANGUAGE = {
     "w8a8-outlier-split": 0.03,
     "w8a8-outlier-columns": 0.03,
     "w4a8-reorder": 0.2,
+    "w8a8-zeroquant": 0.05,
+    "w4a8-zeroquant": 0.2,
 }
 ENCODER = {
     "fp8": 0.995,
@@ -31,6 +33,8 @@ ENCODER = {
     "w8a8-outlier-split": 0.995,
     "w8a8-outlier-columns": 0.995,
     "w4a8-reorder": 0.97,
+    "w8a8-zeroquant": 0.99,
+    "w4a8-zeroquant": 0.95,
 }
 
 

@@ -14,7 +14,7 @@ from fxcompress.capture.export import capture_model
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState, Edit, Refuse, SetWeight
 from fxcompress.ops import apply_transforms
-from fxcompress.pass_base import Pass, Statistics
+from fxcompress.pass_base import BlockFunction, Pass, Statistics
 
 Inputs = tuple[Any, ...]
 
@@ -81,6 +81,9 @@ class OneBlock:
         for inputs in self.inputs:
             x = self.values(inputs, [site.input])[site.input.name]
             yield apply_transforms(x, self.state.form(site.name).transform_in)
+
+    def function(self) -> BlockFunction:
+        raise NotImplementedError("run passes that optimise a block through run_recipe")
 
     def values(self, inputs: Inputs, wanted: Sequence[fx.Node]) -> dict[str, Any]:
         """Values of graph nodes with all edits so far."""
