@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from fxcompress.backends.cpu.lowering import (
 from fxcompress.compat import fake_mode_of, trace_pre_dispatch
 from fxcompress.store import WeightStore
 
+logger = logging.getLogger("fxcompress.backends")
+_KNOWN = (torch.ops.fxcompress.dequantize_weight.default, torch.ops.fxcompress.quantized_embedding.default)
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
@@ -99,6 +102,11 @@ class RegionCompiler:
             weight = weight_of_linear(node)
             if weight is not None:
                 self.choices[self.applied.dequantized[weight]] = text
+        for node in block.nodes:
+            name = self.applied.dequantized.get(node)
+            if name is not None and node.target not in _KNOWN and name not in self.choices:
+                self.choices[name] = f"no kernel for {node.target}: dequantized at run time"
+                logger.info("%s: %s", name, self.choices[name])
         return plan
 
     def _siblings(self, block: Block) -> list[list[fx.Node]]:

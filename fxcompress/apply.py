@@ -26,15 +26,15 @@ from fxcompress.compat import fake_mode_of
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError
 from fxcompress.forms import (
-    DynamicPerToken,
+    Component,
+    Eager,
+    FixedOutliers,
+    OutlierColumns,
+    OutlierSplit,
     QuantizedWeight,
-    Scale,
-    Shift,
     SiteForm,
-    StaticPerTensor,
-    Transform,
+    SplitQuantizer,
     WeightTerm,
-    same_transform,
 )
 
 ops = torch.ops.fxcompress
@@ -97,7 +97,7 @@ def _annotate(graph: fx.Graph) -> None:
     if mode is None:
         return
 
-    def value(node: fx.Node) -> object:
+    def value(node: fx.Node) -> Any:
         val = node.meta["val"]
         if isinstance(val, torch.Tensor) and val.device.type == "meta":
             val = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype)
@@ -118,18 +118,19 @@ class _Rewriter:
         self.graph = applied.module.graph
         self.state = state
         self.node_map = node_map
-        self.activations: dict[tuple[object, ...], fx.Node] = {}
+        self.calls: dict[tuple[object, ...], Any] = {}
+        self.shared: dict[tuple[object, ...], TensorRef] = {}
         self.form_nodes: dict[TensorRef, fx.Node] = {}
-        self.transformed: list[tuple[fx.Node, Transform, fx.Node]] = []  # value, transform, result
 
     def rewrite(self, site: Site) -> None:
         form = self.state.forms.get(site.name)
         if form is None:
             return
         node = self.node_map[site.node]
-        if site.takes_activation:
+        split = site.kind is SiteKind.LINEAR and self._split(site, node, form)
+        if site.takes_activation and not split:
             self._input(site, node, form)
-        if form.terms:
+        if form.terms and not split:
             if (
                 site.kind is SiteKind.EMBEDDING
                 and isinstance(form.terms[0], QuantizedWeight)
@@ -164,11 +165,13 @@ class _Rewriter:
                 self.graph.erase_node(node)
 
     def _embedding(self, site: Site, node: fx.Node, term: QuantizedWeight) -> None:
-        codes, scale, zero = self._term_inputs(site.name, 0, term)
         columns = term.layout.matrix_shape[2]
         dtype = _value_dtype(site.weight_value)
         if term.layout.perm != (0, 1):
             return  # stored transposed: rows are not contiguous, the generic path serves
+        emit = _GraphEmit(self, site.name, "terms.0", term, node)
+        codes, scale = emit.tensor("codes"), emit.tensor("scale")
+        zero = emit.tensor("zero") if term.zero is not None else None
         with self.graph.inserting_before(node):
             new = self.graph.call_function(
                 ops.quantized_embedding.default,
@@ -180,24 +183,64 @@ class _Rewriter:
     def _linear(self, site: Site, node: fx.Node, form: SiteForm) -> None:
         if any(term.parameter_shape != site.layout.shape for term in form.terms):
             return
-        bias = self.node_map[site.bias_node] if site.bias_node is not None else None
-        dtype = _value_dtype(site.weight_value)
-        weight = self._dense(site.name, form.terms, dtype, node)
-        if site.layout.perm != (0, 1):
-            with self.graph.inserting_before(node):
-                weight = self.graph.call_function(aten.t.default, (weight,))
         x = node.args[1] if node.target is aten.addmm.default else node.args[0]
+        self._replace(node, self._product(site, node, x, form.terms))
+
+    def _product(self, site: Site, node: fx.Node, x: Any, terms: Sequence[WeightTerm]) -> fx.Node:
+        """``aten.linear`` of ``x`` with the terms and the site's own bias, before ``node``."""
+        bias = self.node_map[site.bias_node] if site.bias_node is not None else None
+        weight = self._dense(site.name, terms, _value_dtype(site.weight_value), node)
         with self.graph.inserting_before(node):
-            new = self.graph.call_function(
+            if site.layout.perm != (0, 1):
+                weight = self.graph.call_function(aten.t.default, (weight,))
+            return self.graph.call_function(
                 aten.linear.default, (x, weight, *(() if bias is None else (bias,)))
             )
+
+    def _split(self, site: Site, node: fx.Node, form: SiteForm) -> bool:
+        """One product per part of a split activation, where the terms allow: integers and outliers apart."""
+        quantizer, terms = form.activation, form.terms
+        if not isinstance(quantizer, SplitQuantizer) or not terms:
+            return False
+        main, side = terms[0], terms[1:]
+        if not isinstance(main, QuantizedWeight) or main.parameter_shape != site.layout.shape:
+            return False
+        found_at_run_time = isinstance(quantizer, OutlierSplit) and not side and main.batch_dims == 0
+        chosen = (
+            isinstance(quantizer, FixedOutliers)
+            and len(side) == 1
+            and isinstance(side[0], OutlierColumns)
+            and torch.equal(side[0].columns, quantizer.columns)
+        )
+        if not found_at_run_time and not chosen:
+            return False
+        x, dtype = self._transformed(site, node, form)
+        emit = _GraphEmit(self, site.name, "activation", quantizer, node, x)
+        coarse, fine = quantizer.split(x, dtype, emit)
+        y = self._product(site, node, coarse, terms[:1])
+        if chosen:
+            values = _GraphEmit(self, site.name, "terms.1", side[0], node).tensor("values")
+            target: Any = aten.linear.default
+            args: tuple[Any, ...] = (fine, values)
+        else:
+            tensors = _GraphEmit(self, site.name, "terms.0", main, node)
+            zero = tensors.tensor("zero") if main.zero is not None else None
+            packed = (tensors.tensor("codes"), tensors.tensor("scale"), zero)
+            shape = (list(main.shape), list(main.perm))
+            target = ops.outlier_product.default
+            args = (fine, *packed, main.bits, main.group_size, *shape)
+        with self.graph.inserting_before(node):
+            beside = self.graph.call_function(target, args)
+            new = self.graph.call_function(aten.add.Tensor, (y, beside))
         self._replace(node, new)
+        return True
 
     def _looked_up(self, site: Site, form: SiteForm) -> None:
         """Apply the transforms of the contracted dimension to looked-up rows, whose last dimension it is."""
         node = self.node_map[site.node]
         users = list(node.users)
-        self._redirect(node, users, self._transformed(site, form, node, node.next))
+        new = self._transform(site.name, form, node, _value_dtype(site.node), node.next)
+        self._redirect(node, users, new)
 
     def _bias(self, site: Site) -> None:
         """Replace a site's bias by that of its form, or add one."""
@@ -206,7 +249,7 @@ class _Rewriter:
             raise BackendError(
                 f"{site.name}: a {site.kind.value} site without a bias cannot be given one in this version."
             )
-        bias = self._form_input(TensorRef(site.name, "bias"))
+        bias = self.form_input(TensorRef(site.name, "bias"))
         with self.graph.inserting_before(node):
             bias = self.graph.call_function(aten.to.dtype, (bias, _value_dtype(site.node)))
         if site.bias_node is not None:
@@ -239,8 +282,10 @@ class _Rewriter:
         """Insert input transforms and the activation quantizer before the site."""
         assert site.input is not None
         x = self.node_map[site.input]
-        new = self._transformed(site, form, x, node)
-        new = self._quantize(site, node, new, form)
+        new, dtype = self._transformed(site, node, form)
+        if form.activation is not None:
+            emit = _GraphEmit(self, site.name, "activation", form.activation, node, new)
+            new = form.activation.emit(new, dtype, emit)
         if new is not x:
             node.args = tuple(
                 new if argument is x and position == _input_position(node) else argument
@@ -250,92 +295,32 @@ class _Rewriter:
                 operands = tuple(new if operand is x else operand for operand in node.args[1])  # type: ignore[union-attr]
                 node.args = (node.args[0], operands, *node.args[2:])
 
-    def _transformed(self, site: Site, form: SiteForm, x: fx.Node, before: fx.Node) -> fx.Node:
-        """``x`` after the input transforms; sites that transform the same value alike share the result."""
-        dtype = _value_dtype(site.input if site.input is not None and site.takes_activation else site.node)
+    def _transformed(self, site: Site, node: fx.Node, form: SiteForm) -> tuple[Any, torch.dtype]:
+        """The site's input after its transforms, and its dtype."""
+        assert site.input is not None
+        dtype = _value_dtype(site.input)
+        return self._transform(site.name, form, self.node_map[site.input], dtype, node), dtype
+
+    def _transform(self, name: str, form: SiteForm, x: Any, dtype: torch.dtype, before: fx.Node) -> Any:
+        """``x`` after the input transforms of a form."""
         for index, transform in enumerate(form.transform_in):
-            known = [
-                result
-                for source, other, result in self.transformed
-                if source is x and same_transform(transform, other)
-            ]
-            if known:
-                x = known[0]
-                continue
-            if type(transform) not in _TRANSFORMS:
-                raise BackendError(
-                    f"{site.name}: {transform.kind} transforms are not representable in this version."
-                )
-            field_name, target = _TRANSFORMS[type(transform)]
-            value = self._form_input(TensorRef(site.name, f"transform_in.{index}.{field_name}"))
-            with self.graph.inserting_before(before):
-                cast = self.graph.call_function(aten.to.dtype, (value, dtype))
-                result = self.graph.call_function(target, (x, cast))
-            self.transformed.append((x, transform, result))
-            x = result
+            emit = _GraphEmit(self, name, f"transform_in.{index}", transform, before, x)
+            x = transform.emit(x, dtype, emit)
         return x
-
-    def _quantize(self, site: Site, node: fx.Node, x: fx.Node, form: SiteForm) -> fx.Node:
-        quantizer = form.activation
-        if quantizer is None:
-            return x
-        dtype = _value_dtype(site.input) if site.input is not None else torch.float32
-        if isinstance(quantizer, DynamicPerToken):
-            key = ("dynamic", x, quantizer.bits)
-            pair = self._shared(key, node, ops.quantize_per_token.default, (x, quantizer.bits))
-            q = self._shared((*key, 0), node, operator.getitem, (pair, 0))
-            scale = self._shared((*key, 1), node, operator.getitem, (pair, 1))
-            return self._shared(
-                (*key, "dq"), node, ops.dequantize_activation.default, (q, scale, None, dtype)
-            )
-        if isinstance(quantizer, StaticPerTensor):
-            static = ("static", x, quantizer.bits, float(quantizer.scale), int(quantizer.zero))
-            scale = self._form_input(TensorRef(site.name, "activation.scale"))
-            zero = self._form_input(TensorRef(site.name, "activation.zero"))
-            q = self._shared(static, node, ops.quantize_per_tensor.default, (x, scale, zero, quantizer.bits))
-            return self._shared(
-                (*static, "dq"), node, ops.dequantize_activation.default, (q, scale, zero, dtype)
-            )
-        raise BackendError(
-            f"{site.name}: activation quantizer {quantizer.kind!r} has no graph representation."
-        )
-
-    def _shared(
-        self, key: tuple[object, ...], before: fx.Node, target: object, args: tuple[object, ...]
-    ) -> fx.Node:
-        """Create a node once per key; sites with the same input share their quantizer."""
-        if key not in self.activations:
-            with self.graph.inserting_before(before):
-                self.activations[key] = self.graph.call_function(target, args)  # type: ignore[arg-type]
-        return self.activations[key]
 
     def _dense(self, name: str, terms: Sequence[WeightTerm], dtype: torch.dtype, before: fx.Node) -> fx.Node:
         """The dequantized weight, computed right before its use so that it lives no longer than needed."""
         total: fx.Node | None = None
         for index, term in enumerate(terms):
-            if not isinstance(term, QuantizedWeight):
-                raise BackendError(f"{name}: weight term {term.kind!r} has no graph representation.")
-            codes, scale, zero = self._term_inputs(name, index, term)
-            options = (list(term.shape), list(term.perm), term.batch_dims, term.row_dims, dtype)
+            part: fx.Node = term.emit(dtype, _GraphEmit(self, name, f"terms.{index}", term, before))
+            self.applied.dequantized[part] = name
             with self.graph.inserting_before(before):
-                part = self.graph.call_function(
-                    ops.dequantize_weight.default, (codes, scale, zero, term.bits, term.group_size, *options)
-                )
-                self.applied.dequantized[part] = name
                 total = part if total is None else self.graph.call_function(aten.add.Tensor, (total, part))
         if total is None:
             raise BackendError(f"{name}: the form has no weight terms.")
         return total
 
-    def _term_inputs(
-        self, name: str, index: int, term: QuantizedWeight
-    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-        codes = self._form_input(TensorRef(name, f"terms.{index}.codes"))
-        scale = self._form_input(TensorRef(name, f"terms.{index}.scale"))
-        zero = self._form_input(TensorRef(name, f"terms.{index}.zero")) if term.zero is not None else None
-        return codes, scale, zero
-
-    def _form_input(self, ref: TensorRef) -> fx.Node:
+    def form_input(self, ref: TensorRef) -> fx.Node:
         if ref not in self.form_nodes:
             with self.graph.inserting_before(self._first_node()):
                 node = self.graph.placeholder(f"form_{len(self.form_nodes)}")
@@ -349,11 +334,60 @@ class _Rewriter:
         return first
 
 
-# Transform → the field that holds its tensor, and the op that applies it.
-_TRANSFORMS: dict[type[Transform], tuple[str, Any]] = {
-    Scale: ("factor", aten.mul.Tensor),
-    Shift: ("offset", aten.add.Tensor),
-}
+@dataclass(frozen=True)
+class _GraphEmit:
+    """Turns the calls of one component into nodes.
+
+    Args:
+        rewriter: Whose graph.
+        name: Parameter whose form holds the component.
+        path: Where in the form.
+        component: The component.
+        before: New nodes come before this one.
+        of: The activation it acts on. Sites with the same input share what acts alike on it: equal tensors of
+            their forms are one input of the graph, equal calls one node. None (a weight) shares nothing.
+    """
+
+    rewriter: _Rewriter
+    name: str
+    path: str
+    component: Component
+    before: fx.Node
+    of: Any = None
+
+    def call(self, target: Any, *args: Any) -> Any:
+        """A node (a tuple of them for several results) in place of the call."""
+        key = (target, *map(_hashable, args))
+        if self.of is None or key not in self.rewriter.calls:
+            graph = self.rewriter.graph
+            with graph.inserting_before(self.before):
+                made: Any = graph.call_function(target, args)
+                results = len(target._schema.returns)
+                if results > 1:
+                    made = tuple(graph.call_function(operator.getitem, (made, i)) for i in range(results))
+            if self.of is None:
+                return made
+            self.rewriter.calls[key] = made
+        return self.rewriter.calls[key]
+
+    def tensor(self, field: str) -> fx.Node:
+        """The graph input that takes the tensor."""
+        ref = TensorRef(self.name, f"{self.path}.{field}")
+        if self.of is not None:
+            value = Eager(self.component).tensor(field)
+            key = (self.of, value.dtype, tuple(value.shape), tensor_bytes(value))
+            ref = self.rewriter.shared.setdefault(key, ref)
+        return self.rewriter.form_input(ref)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The tensor's values in row-major order, as bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _hashable(argument: Any) -> object:
+    return tuple(map(_hashable, argument)) if isinstance(argument, list | tuple) else argument
+
 
 _REMOVABLE = {
     aten.t.default,

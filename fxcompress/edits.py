@@ -50,12 +50,16 @@ class SetActivation:
 
 @dataclass(frozen=True, eq=False)
 class SetTransform:
-    """Append explicit input/output transforms to the site ``name``; ``bias`` replaces its bias when given."""
+    """Append explicit input/output transforms to the site ``name``; ``bias`` replaces its bias when given.
+
+    ``clusters``: sizes of clusters of neighbouring input channels, see :class:`~fxcompress.forms.SiteForm`.
+    """
 
     name: str
     transform_in: tuple[Transform, ...] = ()
     transform_out: tuple[Transform, ...] = ()
     bias: Tensor | None = None
+    clusters: tuple[int, ...] = ()
     reason: str = ""
 
 
@@ -166,6 +170,7 @@ class CompressionState:
                 transform_in=old.transform_in + edit.transform_in,
                 transform_out=old.transform_out + edit.transform_out,
                 bias=old.bias if edit.bias is None else edit.bias,
+                clusters=edit.clusters or old.clusters,
             )
         elif isinstance(edit, FuseSites):
             self.fused.append(edit.names)

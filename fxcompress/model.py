@@ -135,7 +135,7 @@ def guard_ghosts(model: nn.Module) -> None:
         if own and not getattr(submodule, "_fxcompress_guarded", False):
             submodule.register_load_state_dict_pre_hook(_refuse_state_dict)
             submodule.register_forward_pre_hook(_RefuseEager(f"{name}.{own[0]}".lstrip(".")))
-            submodule._fxcompress_guarded = True  # type: ignore[assignment]
+            submodule._fxcompress_guarded = True
 
 
 def _refuse_state_dict(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -33,6 +33,30 @@ class Statistics(Protocol):
         ...
 
 
+class BlockFunction(Protocol):
+    """A block as a differentiable function of its parameters, on the inputs the compressed model gives it.
+
+    Used by methods that optimise a block against what it computed before: distillation, learned rounding,
+    learned clipping. Gradients are recorded when the caller enables them (``torch.enable_grad``), and pass
+    straight through activation quantizers.
+    """
+
+    parameters: tuple[str, ...]  # floating parameters that only this block uses
+
+    @property
+    def batches(self) -> int:
+        """Number of calibration batches."""
+        ...
+
+    def target(self, batch: int) -> tuple[Tensor, ...]:
+        """Floating outputs of the original block (no edits at all) on the same inputs; no gradients."""
+        ...
+
+    def __call__(self, batch: int, tensors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+        """Floating outputs with all edits so far, and ``tensors`` in place of parameters."""
+        ...
+
+
 class BlockContext(Protocol):
     """What a pass sees of one block (a segment of the program). All tensors are read only."""
 
@@ -57,7 +81,11 @@ class BlockContext(Protocol):
         ...
 
     def batches(self, site: Site) -> Iterator[Tensor]:
-        """The raw input tensors of one site, one per calibration batch."""
+        """The input tensors of one site (after its input transforms), one per calibration batch."""
+        ...
+
+    def function(self) -> BlockFunction:
+        """The block as a differentiable function."""
         ...
 
     def inputs(self, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:

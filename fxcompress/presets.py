@@ -67,6 +67,57 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "w8a8-outlier-split": {
+        "summary": "w8a8 with channels that reach 6.0 computed in float, found in every call; needs no data",
+        "passes": ["split-outlier-features", {"quantize-weights": {"bits": 8, "only_remaining": True}}],
+    },
+    "w8a8-outlier-columns": {
+        "summary": "w8a8 with the 16 largest channels of every layer in float; needs calibration data",
+        "passes": [
+            {"split-outlier-features": {"columns": 16}},
+            {"quantize-weights": {"bits": 8, "only_remaining": True}},
+        ],
+    },
+    "w4a8-reorder": {
+        "summary": "GPTQ 4-bit weights, 8-bit activations with a scale per cluster of channels; needs data",
+        "passes": [
+            "reorder-channels",
+            {"gptq": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "search": True, "only_remaining": True}},
+            {"quantize-activations": {"bits": 8, "mode": "cluster"}},
+            "fuse-siblings",
+        ],
+    },
+    "w8a8-zeroquant": {
+        "summary": "8-bit weights and activations, each layer distilled from the original; needs data",
+        "passes": [
+            {"layer-distill": {"bits": 8}},
+            {"quantize-weights": {"bits": 8, "only_remaining": True}},
+            "fuse-siblings",
+        ],
+    },
+    "w4a8-zeroquant": {
+        "summary": "4-bit weights in groups of 64, 8-bit activations, layers distilled; needs data",
+        "passes": [
+            {"layer-distill": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "only_remaining": True}},
+            "fuse-siblings",
+        ],
+    },
+    "fp8": {
+        "summary": "8-bit floating-point weights per channel and activations per token; needs no data",
+        "passes": [
+            {"quantize-weights": {"format": "fp8-e4m3"}},
+            {"quantize-activations": {"format": "fp8-e4m3", "mode": "dynamic"}},
+        ],
+    },
+    "fp8-static": {
+        "summary": "8-bit floating point with one calibrated scale per activation; needs calibration data",
+        "passes": [
+            {"quantize-weights": {"format": "fp8-e4m3"}},
+            {"quantize-activations": {"format": "fp8-e4m3", "mode": "static"}},
+        ],
+    },
 }
 
 

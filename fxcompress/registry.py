@@ -38,9 +38,12 @@ BUILTIN_PASSES: dict[str, str] = {
     "suppress-outliers": "fxcompress.passes.suppress_outliers:SuppressOutliers",
     "awq": "fxcompress.passes.awq:Awq",
     "clip-weights": "fxcompress.passes.clip_weights:ClipWeights",
+    "reorder-channels": "fxcompress.passes.reorder_channels:ReorderChannels",
     "gptq": "fxcompress.passes.gptq:Gptq",
     "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",
+    "split-outlier-features": "fxcompress.passes.split_outlier_features:SplitOutlierFeatures",
+    "layer-distill": "fxcompress.passes.layer_distill:LayerDistill",
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
 }
 BUILTIN_BACKENDS: dict[str, str] = {

@@ -15,7 +15,7 @@ from fxcompress.analysis.site_types import Site
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
 from fxcompress.errors import ArtifactError, CoverageError
-from fxcompress.forms import DynamicPerToken, QuantizedWeight, SiteForm, StaticPerTensor
+from fxcompress.forms import SiteForm
 
 __all__ = ["Report", "WeightRow", "account_for", "describe_form"]
 
@@ -228,23 +228,11 @@ def _pattern(names: Sequence[str]) -> str:
 
 def describe_form(form: SiteForm) -> str:
     """A form in a few words: ``int4 asym g64 + int8 activations per token``."""
-    parts = []
-    for term in form.terms:
-        if isinstance(term, QuantizedWeight):
-            sizes = {0: "per row", -1: "per matrix"}
-            group = sizes.get(term.group_size, f"g{term.group_size}")
-            parts.append(f"int{term.bits} {'sym' if term.symmetric else 'asym'} {group}")
-        else:
-            parts.append(term.kind)
-    activation = form.activation
-    if isinstance(activation, DynamicPerToken):
-        parts.append(f"int{activation.bits} activations per token")
-    elif isinstance(activation, StaticPerTensor):
-        parts.append(f"int{activation.bits} activations static")
-    elif activation is not None:
-        parts.append(f"{activation.kind} activations")
-    parts += [f"{transform.kind} in" for transform in form.transform_in]
-    parts += [f"{transform.kind} out" for transform in form.transform_out]
+    parts = [term.describe() for term in form.terms]
+    if form.activation is not None:
+        parts.append(form.activation.describe())
+    parts += [f"{transform.describe()} in" for transform in form.transform_in]
+    parts += [f"{transform.describe()} out" for transform in form.transform_out]
     return " + ".join(parts)
 
 

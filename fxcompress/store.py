@@ -49,9 +49,10 @@ class WeightStore:
             terms = []
             for name in names:
                 form = self.state.forms.get(name)
-                if form is None or len(form.terms) != 1 or not isinstance(form.terms[0], QuantizedWeight):
+                found = [term for term in form.terms if isinstance(term, QuantizedWeight)] if form else []
+                if len(found) != 1:  # other terms are computed beside the packed one
                     raise BindingError(f"{name}: no single quantized weight to pack.")
-                terms.append(form.terms[0])
+                terms.append(found[0])
             self._packed[key] = {tensor: value.contiguous() for tensor, value in layout.pack(terms).items()}
         return self._packed[key]
 

@@ -11,9 +11,12 @@ from fxcompress.passes.awq import Awq
 from fxcompress.passes.clip_weights import ClipWeights
 from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
+from fxcompress.passes.layer_distill import LayerDistill
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_weights import QuantizeWeights
+from fxcompress.passes.reorder_channels import ReorderChannels
 from fxcompress.passes.smooth_activations import SmoothActivations
+from fxcompress.passes.split_outlier_features import SplitOutlierFeatures
 from fxcompress.passes.suppress_outliers import SuppressOutliers
 
 __all__ = [
@@ -21,8 +24,11 @@ __all__ = [
     "ClipWeights",
     "FuseSiblings",
     "Gptq",
+    "LayerDistill",
     "QuantizeActivations",
     "QuantizeWeights",
+    "ReorderChannels",
     "SmoothActivations",
+    "SplitOutlierFeatures",
     "SuppressOutliers",
 ]

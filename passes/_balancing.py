@@ -6,16 +6,14 @@ finding, selecting, rounding and applying is the same for all of them.
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxcompress.analysis.blocks import find_blocks
 from fxcompress.analysis.site_types import Site
 from fxcompress.analysis.sites import find_sites
 from fxcompress.analysis.smoothing import SmoothingAnalysis, SmoothingGroup, find_smoothing_groups
@@ -24,6 +22,7 @@ from fxcompress.edits import Edit, Refuse
 from fxcompress.errors import FormatError, RecipeError, WeightError
 from fxcompress.formats import IntFormat
 from fxcompress.pass_base import BlockContext, Pass, Statistics
+from fxcompress.passes._inside import nodes_inside
 from fxcompress.passes._output_error import OutputError, Samples, Target, sample_rows
 from fxcompress.passes._selection import SelectivePass, describe, find_heads
 
@@ -74,7 +73,9 @@ class BalancingPass(SelectivePass):
     exact: bool = field(default=True, kw_only=True)
     explicit: bool = field(default=False, kw_only=True)
 
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "quantized-activations"})
+    conflicts: ClassVar[frozenset[str]] = frozenset(
+        {"quantized-weights", "quantized-activations", "reordered-channels"}
+    )
     needs_calibration: ClassVar[bool] = True
     preserves_function: ClassVar[bool] = True
 
@@ -272,24 +273,9 @@ def _analyze(block: BlockContext, fold_linear: bool) -> tuple[SmoothingAnalysis,
     program = block.program
     mine = {site.node for site in block.sites}
     others = [site for site in find_sites(program) if site.node not in mine]
-    here = {node.name for node in mine}
-    names = frozenset().union(*(part for part in _block_names(program.graph) if not part.isdisjoint(here)))
-    inside = {node for node in program.graph.nodes if node.name in names}
-    inside.difference_update(site.node for site in others)
+    inside = nodes_inside(block) - {site.node for site in others}
     sites = [*block.sites, *others]
     return find_smoothing_groups(program, sites, inside, fold_linear=fold_linear), sites
-
-
-# By name: nodes would keep their graph alive, and with it the entry.
-_KNOWN_BLOCKS: weakref.WeakKeyDictionary[fx.Graph, tuple[frozenset[str], ...]] = weakref.WeakKeyDictionary()
-
-
-def _block_names(graph: fx.Graph) -> tuple[frozenset[str], ...]:
-    """Node names of every block; found once per graph, since every block of it asks."""
-    if graph not in _KNOWN_BLOCKS:
-        blocks = find_blocks(graph)
-        _KNOWN_BLOCKS[graph] = tuple(frozenset(node.name for node in block.nodes) for block in blocks)
-    return _KNOWN_BLOCKS[graph]
 
 
 def _overlap(one: SmoothingGroup, two: SmoothingGroup) -> bool:

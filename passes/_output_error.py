@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.smoothing import Consumer, SmoothingGroup
-from fxcompress.calibration.walk import apply_transforms
 from fxcompress.formats import IntFormat
 from fxcompress.formats.integer import decode, encode, find_parameters
 from fxcompress.forms import ActivationQuantizer, DynamicPerToken
@@ -187,14 +186,14 @@ def input_error(
 ) -> float:
     """``‖(x − Q(x))·Wᵀ‖ / ‖x·Wᵀ‖`` of one site on sampled rows, W being its weight as it is now.
 
-    Transforms of its input that earlier passes chose are applied first.
+    The rows are the site's input after the transforms that earlier passes chose.
     """
     weight = site.layout.to_matrix(block.state.effective(site.name).detach()).float()  # [B, N, K]
     gap = size = 0.0
     for part in rows:
         first = part.first
         matrices = slice(None) if first is None else slice(first, first + len(part.values))
-        x = apply_transforms(part.values.float(), block.state.form(site.name).transform_in)
+        x = part.values.float()
         wrong = (x - apply_quantizer(x, quantizer)) @ weight[matrices].mT
         gap += float(wrong.double().square().sum())
         size += float((x @ weight[matrices].mT).double().square().sum())

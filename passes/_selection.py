@@ -18,7 +18,8 @@ from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.sites import find_sites, sites_by_parameter
 from fxcompress.capture.program import Program
 from fxcompress.errors import FormatError, RecipeError
-from fxcompress.formats import IntFormat
+from fxcompress.formats import FloatFormat, IntFormat
+from fxcompress.formats.floating import FLOAT_DTYPES
 from fxcompress.pass_base import BlockContext, Pass
 
 
@@ -157,6 +158,29 @@ def _leads_only_out(
     return reached
 
 
+FLOAT_FORMATS = tuple(f"fp8-{kind}" for kind in FLOAT_DTYPES)
+"""Values of a pass's ``format`` option besides ``"int"``."""
+
+
+def float_kind(pass_name: str, option: object, bits: int) -> str | None:
+    """The kind of :class:`FloatFormat` that a pass's ``format`` option names; None for integers.
+
+    Raises:
+        RecipeError: an unknown format, or bits that do not go with it.
+    """
+    if option == "int":
+        return None
+    if option not in FLOAT_FORMATS:
+        raise RecipeError(
+            f"{pass_name}: format={option!r}, expected {', '.join(map(repr, ('int', *FLOAT_FORMATS)))}."
+        )
+    if bits != 8:
+        raise RecipeError(
+            f"{pass_name}: format={option!r} has 8 bits, but bits={bits!r}.", fix="leave bits out."
+        )
+    return str(option).removeprefix("fp8-")
+
+
 def fitting_format(fmt: IntFormat, columns: int) -> tuple[IntFormat, str]:
     """``fmt``, or one scale per row (and a note saying so) where a group would be longer than the row."""
     if fmt.group_size <= columns:
@@ -180,7 +204,7 @@ def check_group_size(pass_name: str, program: Program, group_size: int) -> None:
         )
 
 
-def not_smaller(fmt: IntFormat, site: Site, dtype: torch.dtype) -> str | None:
+def not_smaller(fmt: IntFormat | FloatFormat, site: Site, dtype: torch.dtype) -> str | None:
     """A reason not to quantize when codes and scales would take as much room as the weight, else None."""
     _, rows, columns = site.layout.matrix_shape
     bits = fmt.bits_per_weight(rows, columns)
@@ -190,8 +214,10 @@ def not_smaller(fmt: IntFormat, site: Site, dtype: torch.dtype) -> str | None:
     return f"{describe(fmt)} would take {bits:.4g} bits per weight, {dtype} takes {have}"
 
 
-def describe(fmt: IntFormat) -> str:
+def describe(fmt: IntFormat | FloatFormat) -> str:
     """E.g. ``"int4 asymmetric, group 64"``."""
+    if isinstance(fmt, FloatFormat):
+        return fmt.describe()
     kind = "symmetric" if fmt.symmetric else "asymmetric"
     span = {0: "per row", -1: "per matrix"}.get(fmt.group_size, f"group {fmt.group_size}")
     return f"int{fmt.bits} {kind}, {span}"

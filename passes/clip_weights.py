@@ -17,8 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxcompress.analysis.score_sites import score_sites
-from fxcompress.analysis.sites import find_sites
+from fxcompress.analysis.attention import find_attention
 from fxcompress.edits import Edit, Refuse, SetTensor
 from fxcompress.errors import RecipeError
 from fxcompress.formats import IntFormat
@@ -92,7 +91,8 @@ class ClipWeights(SelectivePass):
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetTensor` or a :class:`Refuse` for every matrix of the block."""
         self.check_patterns(block.program)
-        scores = score_sites(block.program, find_sites(block.program))
+        attentions = find_attention(block.program)
+        scores = frozenset(n for site in attentions for n in (*site.query_weights, *site.key_weights))
         chosen = []
         for candidate in candidates(block):
             reason = self._unsuitable(block, candidate, scores)

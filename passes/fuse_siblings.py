@@ -13,19 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, FuseSites, Refuse
-from fxcompress.forms import (
-    ActivationQuantizer,
-    DynamicPerToken,
-    QuantizedWeight,
-    SiteForm,
-    StaticPerTensor,
-    same_transform,
-)
+from fxcompress.forms import ActivationQuantizer, QuantizedWeight, SiteForm
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._selection import Candidate, SelectivePass, candidates
 
@@ -99,7 +91,7 @@ class FuseSiblings(SelectivePass):
         if form.terms[0].group_size == -1:
             return "one scale per matrix does not extend to a larger matrix"
         if form.transform_out:
-            return "its output has a transform of its own"
+            return "it has an output transform of its own"
         return None
 
 
@@ -113,16 +105,11 @@ def _same_product(left: SiteForm, right: SiteForm) -> bool:
         and a.scale.dtype == b.scale.dtype
         and _same_quantizer(left.activation, right.activation)
         and len(left.transform_in) == len(right.transform_in)
-        and all(map(same_transform, left.transform_in, right.transform_in))
+        and all(x.same_as(y) for x, y in zip(left.transform_in, right.transform_in, strict=True))
     )
 
 
 def _same_quantizer(left: ActivationQuantizer | None, right: ActivationQuantizer | None) -> bool:
     if left is None or right is None:
         return left is right
-    if isinstance(left, DynamicPerToken) and isinstance(right, DynamicPerToken):
-        return left.bits == right.bits
-    if isinstance(left, StaticPerTensor) and isinstance(right, StaticPerTensor):
-        same_grid = torch.equal(left.scale, right.scale) and torch.equal(left.zero, right.zero)
-        return left.bits == right.bits and same_grid
-    return False
+    return left.same_as(right)

@@ -12,21 +12,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.edits import Edit, Refuse, SetActivation
 from fxcompress.errors import RecipeError
-from fxcompress.forms import DynamicPerToken
+from fxcompress.forms import ActivationQuantizer, DynamicPerToken, FloatPerToken
 from fxcompress.pass_base import BlockContext
-from fxcompress.passes._activation_ranges import static_quantizer
+from fxcompress.passes._activation_ranges import (
+    cluster_quantizer,
+    static_float_quantizer,
+    static_quantizer,
+)
 from fxcompress.passes._input_rows import unsupported
 from fxcompress.passes._output_error import input_error, sample_rows
-from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates
+from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates, float_kind
 
 _CONVOLUTIONS = (SiteKind.CONV, SiteKind.CONV_TRANSPOSED)
 
@@ -36,9 +40,11 @@ class QuantizeActivations(SelectivePass):
     """Quantize the input of every matrix product.
 
     Args:
+        format: ``"int"`` (default), ``"fp8-e4m3"`` or ``"fp8-e5m2"`` (8-bit floating point, no zero-point).
         bits: Code width, 2…8. Default 8.
         mode: ``"dynamic"``: per token, no data needed. ``"static"``: per tensor, calibrated; cheaper at run
-            time and possible for convolutions, but one outlier widens the grid for all. Default
+            time and possible for convolutions, but one outlier widens the grid for all. ``"cluster"``: per
+            cluster of channels, calibrated, for inputs that reorder-channels has put in order. Default
             ``"dynamic"``.
         heads: Also quantize the inputs of output heads and of tied embeddings. Default False: their result is
             the model's output, and no later layer evens out its error.
@@ -58,8 +64,9 @@ class QuantizeActivations(SelectivePass):
         True
     """
 
+    format: str = field(default="int", kw_only=True)
     bits: int = 8
-    mode: Literal["dynamic", "static"] = "dynamic"
+    mode: Literal["dynamic", "static", "cluster"] = "dynamic"
     heads: bool = False
     max_error: float | None = None
     tokens: int = 256
@@ -73,8 +80,10 @@ class QuantizeActivations(SelectivePass):
         super().__post_init__()
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
             raise RecipeError(f"{self.name}: bits={self.bits!r}, expected an integer 2…8.")
-        if self.mode not in ("dynamic", "static"):
-            raise RecipeError(f"{self.name}: mode={self.mode!r}, expected 'dynamic' or 'static'.")
+        if self.mode not in ("dynamic", "static", "cluster"):
+            raise RecipeError(f"{self.name}: mode={self.mode!r}, expected 'dynamic', 'static' or 'cluster'.")
+        if self.mode == "cluster" and self.format != "int":
+            raise RecipeError(f"{self.name}: mode='cluster' does not apply to format={self.format!r}.")
         if not isinstance(self.heads, bool):
             raise RecipeError(f"{self.name}: heads={self.heads!r}, expected true or false.")
         if self.max_error is not None and (
@@ -83,13 +92,14 @@ class QuantizeActivations(SelectivePass):
             raise RecipeError(f"{self.name}: max_error={self.max_error!r}, expected a positive number.")
         if type(self.tokens) is not int or self.tokens < 1:
             raise RecipeError(f"{self.name}: tokens={self.tokens!r}, expected a positive integer.")
+        float_kind(self.name, self.format, self.bits)
         # Only some settings need data; an instance may say so, the class cannot.
-        needs = self.mode == "static" or self.max_error is not None
+        needs = self.mode != "dynamic" or self.max_error is not None
         object.__setattr__(self, "needs_calibration", needs)
 
     def activation_format(self) -> tuple[str, int] | None:
         """See :meth:`Pass.activation_format`."""
-        return self.mode, self.bits
+        return (self.mode, self.bits) if self.format == "int" and self.mode != "cluster" else None
 
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetActivation` or a :class:`Refuse` for every weight of the block."""
@@ -101,6 +111,8 @@ class QuantizeActivations(SelectivePass):
                 chosen.append(candidate)
             else:
                 yield Refuse(candidate.name, reason)
+        if chosen and self.mode != "dynamic":  # all at once: the block runs once
+            block.statistics([site for candidate in chosen for site in _products(candidate)])
         edits = [self._quantizer(block, candidate) for candidate in chosen]
         if self.max_error is not None:
             edits = self._only_harmless(block, chosen, edits)
@@ -108,15 +120,25 @@ class QuantizeActivations(SelectivePass):
 
     def _quantizer(self, block: BlockContext, candidate: Candidate) -> SetActivation | Refuse:
         if self.mode == "dynamic":
-            return SetActivation(candidate.name, DynamicPerToken(self.bits), f"int{self.bits} per token")
+            kind = float_kind(self.name, self.format, self.bits)
+            dynamic = DynamicPerToken(self.bits) if kind is None else FloatPerToken(kind)
+            return SetActivation(candidate.name, dynamic, dynamic.describe())
         statistics = block.statistics(_products(candidate))
-        found = [statistics[site.input.name] for site in _products(candidate) if site.input is not None]
-        if all(seen.count == 0 for seen in found):
+        inputs = [statistics[site.input.name] for site in _products(candidate) if site.input is not None]
+        found = [seen for seen in inputs if seen.count]
+        if not found:
             return Refuse(candidate.name, "no calibration token reaches it")
-        low = torch.stack([seen.minimum.min() for seen in found if seen.count]).min()
-        high = torch.stack([seen.maximum.max() for seen in found if seen.count]).max()
-        quantizer = static_quantizer(low, high, self.bits, candidate.name)
-        reason = f"int{self.bits} per tensor, calibrated range {float(low):.4g}…{float(high):.4g}"
+        low = torch.stack([seen.minimum.min() for seen in found]).min()
+        high = torch.stack([seen.maximum.max() for seen in found]).max()
+        quantizer: ActivationQuantizer
+        if self.mode == "cluster":
+            lows = torch.stack([seen.minimum for seen in found]).amin(0)  # [K]
+            highs = torch.stack([seen.maximum for seen in found]).amax(0)
+            clusters = block.state.form(candidate.name).clusters
+            quantizer = cluster_quantizer(lows, highs, clusters, self.bits, candidate.name)
+        else:
+            quantizer = self._static(low, high, candidate.name)
+        reason = f"{quantizer.describe()}, calibrated range {float(low):.4g}…{float(high):.4g}"
         return SetActivation(candidate.name, quantizer, reason)
 
     def _only_harmless(
@@ -154,6 +176,12 @@ class QuantizeActivations(SelectivePass):
                     kept.append(dataclasses.replace(edit, reason=f"{edit.reason}; error {error:.2g}"))
         return kept
 
+    def _static(self, low: Tensor, high: Tensor, name: str) -> ActivationQuantizer:
+        kind = float_kind(self.name, self.format, self.bits)
+        if kind is None:
+            return static_quantizer(low, high, self.bits, name)
+        return static_float_quantizer(torch.maximum(-low, high), kind, name)
+
     def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
         reason = self.unselected(block.program, candidate.name)
         products = _products(candidate)
@@ -165,7 +193,11 @@ class QuantizeActivations(SelectivePass):
             return "its input is quantized already"
         if candidate.role is not Role.MATRIX and not self.heads:
             return f"{candidate.role.value}: its input stays unquantized (heads=False)"
-        if self.mode == "static":
+        if self.mode == "cluster":
+            width = candidate.primary.layout.matrix_shape[2]
+            if sum(block.state.form(candidate.name).clusters) != width:
+                return "its input channels are in no clusters (run reorder-channels first)"
+        if self.mode != "dynamic":
             outside = any(site.takes_activation for site in candidate.uses if site not in candidate.here)
             return "used in several blocks, which one static range cannot serve" if outside else None
         return next((why for why in map(_no_tokens, products) if why is not None), None)

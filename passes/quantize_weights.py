@@ -1,4 +1,4 @@
-"""Round weights to the nearest integer codes, without data.
+"""Round weights to the nearest integer or 8-bit floating-point codes, without data.
 
     linear(x, w)        →  linear(x, dequantize_weight(codes, scale, zero))
     embedding(w, ids)   →  quantized_embedding(ids, codes, scale) · c
@@ -13,7 +13,7 @@ search as in the GPTQ reference code (Frantar et al., 2022).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, Refuse, SetTransform, SetWeight
 from fxcompress.errors import FormatError, RecipeError
-from fxcompress.formats import IntFormat
+from fxcompress.formats import FloatFormat, IntFormat, quantize_to_float_term
 from fxcompress.formats.integer import quantize_to_term
 from fxcompress.forms import Scale
 from fxcompress.pass_base import BlockContext
@@ -34,6 +34,7 @@ from fxcompress.passes._selection import (
     check_group_size,
     describe,
     fitting_format,
+    float_kind,
     not_smaller,
 )
 
@@ -48,11 +49,14 @@ class QuantizeWeights(SelectivePass):
     """Round every weight to nearest.
 
     Args:
+        format: ``"int"`` (default), ``"fp8-e4m3"`` or ``"fp8-e5m2"``. Floating-point codes have 8 bits and no
+            zero-point; embeddings and heads stay integers, whose rows can be looked up.
         bits: Code width, 2…8. Default 8.
         symmetric: Levels symmetric around zero. Default: True for 8 bits, False below (an asymmetric range
             uses a whole level more, which matters when there are few).
         group_size: Inputs that share a scale; 0 = one scale per row, -1 = per matrix. Default: 0 for 8 bits,
-            64 below. Rows shorter than a group get one scale per row.
+            64 below. Rows shorter than a group get one scale per row. For floating-point codes n > 0 means
+            blocks of n outputs × n inputs.
         search: Choose each range by least ``Σ|ŵ − w|^2.4`` instead of covering it. Default False.
         embedding_bits: Width for looked-up tables, and for an output head tied to one: symmetric, per row
             (one scale per token). None leaves them alone. Default 8.
@@ -74,6 +78,7 @@ class QuantizeWeights(SelectivePass):
         IntFormat(bits=4, symmetric=False, group_size=32)
     """
 
+    format: str = field(default="int", kw_only=True)
     bits: int = 8
     symmetric: bool | None = None
     group_size: int | None = None
@@ -97,17 +102,26 @@ class QuantizeWeights(SelectivePass):
                 raise RecipeError(f"{self.name}: {option}={getattr(self, option)!r}, expected true or false.")
         if self.symmetric is not None and not isinstance(self.symmetric, bool):
             raise RecipeError(f"{self.name}: symmetric={self.symmetric!r}, expected true, false or null.")
+        kind = float_kind(self.name, self.format, self.bits)
+        for option, default in (("symmetric", None), ("search", False)):
+            if kind is not None and getattr(self, option) != default:
+                raise RecipeError(f"{self.name}: {option} does not apply to format={self.format!r}.")
         try:
             for role in Role:
                 self.format_of(role)
         except FormatError as error:
             raise FormatError(f"{self.name}: {error}") from None
 
-    def format_of(self, role: Role) -> IntFormat | None:
+    def format_of(self, role: Role) -> IntFormat | FloatFormat | None:
         """The number format for weights of this role, or None when they are left alone."""
         if role is not Role.MATRIX:
             bits = self.embedding_bits if role is Role.EMBEDDING else self.head_bits
             return None if bits is None else IntFormat(bits=bits, symmetric=True, group_size=0)
+        kind = float_kind(self.name, self.format, self.bits)
+        if kind is not None:
+            size = 0 if self.group_size is None else self.group_size
+            blocks = {0: (1, 0), -1: (0, 0)}.get(size, (size, size))
+            return FloatFormat(kind, *blocks)
         eight = self.bits == 8
         symmetric = eight if self.symmetric is None else self.symmetric
         group_size = (0 if eight else _GROUP) if self.group_size is None else self.group_size
@@ -115,7 +129,8 @@ class QuantizeWeights(SelectivePass):
 
     def matrix_format(self) -> IntFormat | None:
         """See :meth:`Pass.matrix_format`."""
-        return self.format_of(Role.MATRIX)
+        fmt = self.format_of(Role.MATRIX)
+        return fmt if isinstance(fmt, IntFormat) else None
 
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield a :class:`SetWeight` or a :class:`Refuse` for every weight of the block."""
@@ -141,12 +156,18 @@ class QuantizeWeights(SelectivePass):
             yield Refuse(name, f"{candidate.role.value}, left alone by {option}=None")
             return
         weight = block.weight(name)
-        fmt, note = fitting_format(fmt, site.layout.matrix_shape[2])
+        note = ""
+        if isinstance(fmt, IntFormat):
+            fmt, note = fitting_format(fmt, site.layout.matrix_shape[2])
         too_big = not_smaller(fmt, site, weight.dtype)
         if too_big is not None:
             yield Refuse(name, too_big)
             return
         role = "" if candidate.role is Role.MATRIX else f", {candidate.role.value}"
+        if isinstance(fmt, FloatFormat):
+            floats = quantize_to_float_term(weight, site.layout, fmt)
+            yield SetWeight(name, (floats,), reason=f"{describe(fmt)}{role}")
+            return
         factor = self._column_factor(block, candidate, weight)
         if factor is not None:
             yield SetTransform(

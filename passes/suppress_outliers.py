@@ -108,7 +108,7 @@ class SuppressOutliers(BalancingPass):
     def balance(self, work: Work) -> Generator[Edit, None, str | None]:
         """Yield the edits of one group; returns why there are none."""
         bias, note = self._shiftable(work)
-        if isinstance(note, str) and note:
+        if note:
             reason = yield from super().balance(work)
             return None if reason is None else f"{reason}; not shifted: {note}"
         if not any(consumer.input_name in work.seen for consumer in work.group.consumers):

@@ -33,8 +33,11 @@ def decodes(node: fx.Node) -> bool:
     query, key, value = (_tensor(argument) for argument in node.args[:3])
     if query is None or key is None or value is None or {query.dim(), key.dim(), value.dim()} != {4}:
         return False
+    mask = _tensor(node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask"))
+    if mask is not None and mask.dim() not in (2, 4):
+        return False
     heads = [tensor.shape[1] for tensor in (query, key, value)]
-    return _is_one(query.shape[2]) and all(isinstance(size, int) for size in heads)
+    return _is_one(query.shape[2]) and all(map(_is_known, heads))
 
 
 def attend(node: fx.Node, value_of: Callable[[Any], Any]) -> Tensor:
@@ -63,8 +66,9 @@ def attend(node: fx.Node, value_of: Callable[[Any], Any]) -> Tensor:
         if mask.dim() == 4 and not _is_one(mask.shape[1]):
             mask = mask.reshape(mask.shape[0], key.shape[1], groups, mask.shape[3])
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.float()
-    weights = aten._safe_softmax.default(scores, -1).to(value.dtype)
-    return (weights @ value).reshape(batch, heads, 1, value.shape[3])
+    weights: Tensor = aten._safe_softmax.default(scores, -1).to(value.dtype)
+    mixed: Tensor = (weights @ value).reshape(batch, heads, 1, value.shape[3])
+    return mixed
 
 
 def before_repeating(node: Any) -> Any:
@@ -80,7 +84,7 @@ def before_repeating(node: Any) -> Any:
         return node
     if spread.target is not aten.unsqueeze.default or spread.args[1] not in (2, -3):
         return node
-    if not isinstance(outer.shape[2], int) or shape.shape[1] != outer.shape[1] * outer.shape[2]:
+    if not _is_known(outer.shape[2]) or shape.shape[1] != outer.shape[1] * outer.shape[2]:
         return node
     return spread.args[0]
 
@@ -88,6 +92,10 @@ def before_repeating(node: Any) -> Any:
 def _tensor(node: Any) -> Tensor | None:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def _is_known(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int)
 
 
 def _is_one(size: int | torch.SymInt) -> bool:

@@ -125,7 +125,8 @@ class _Finder:
                 return
             for product, value in self._mixtures(node):
                 query, key = _operands(scores)
-                yield self._site(product, query, key, value, transposed=True, causal=False)
+                transposed = op_name(scores) != "aten::einsum"  # which names its dimensions instead
+                yield self._site(product, query, key, value, transposed=transposed, causal=False)
 
     def _scores(self, softmax: fx.Node) -> fx.Node | None:
         """The product of two activations that the softmax normalises, or None."""
@@ -235,8 +236,8 @@ def _size(node: fx.Node, dim: int) -> int | None:
     tensor = node.meta.get("val")
     if not isinstance(tensor, Tensor) or tensor.dim() < 4:
         return None
-    size = tensor.shape[dim]
-    return None if isinstance(size, torch.SymInt) else int(size)
+    size: int | torch.SymInt = tensor.shape[dim]
+    return size if isinstance(size, int) else None
 
 
 def _rank(node: fx.Node) -> int:

@@ -76,6 +76,8 @@ def check_form(name: str, form: SiteForm, info: TensorInfo) -> None:
                 _check_vector(name, field, transform.factor)
             elif isinstance(transform, Shift):
                 _check_vector(name, field, transform.offset)
+    sizes = form.clusters
+    _require(_TYPES["tuple[int, ...]"](sizes), name, f"clusters is {sizes!r}, expected a list of sizes")
     if form.bias is not None:
         _check_vector(name, "bias", form.bias)
 

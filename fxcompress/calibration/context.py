@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from fxcompress.analysis.site_types import Site
+from fxcompress.calibration.function import ProgramBlock
 from fxcompress.calibration.statistics import ActivationStatistics, as_tokens
 from fxcompress.calibration.walk import BlockRunner, Plan, Walk
 from fxcompress.edits import CompressionState
 from fxcompress.errors import CalibrationError
+from fxcompress.forms import Transform
+from fxcompress.ops import apply_transforms
 from fxcompress.pass_base import Statistics
 
 __all__ = ["Context", "Feed"]
@@ -85,6 +88,7 @@ class Context:
         self._where = f"pass {pass_name!r}, {self.name}"
         self._runner: BlockRunner | None = None
         self._known: dict[tuple[str, bool], ActivationStatistics] = {}
+        self._known_for: dict[str, tuple[Transform, ...]] = {}
 
     def weight(self, name: str) -> Tensor:
         """Current dense tensor of a parameter; read only."""
@@ -93,12 +97,22 @@ class Context:
     def statistics(self, sites: Sequence[Site], *, gram: bool = False) -> dict[str, Statistics]:
         """Statistics of the inputs of ``sites``, keyed by ``site.input.name``.
 
-        Inputs already measured since the last edit are not measured again.
+        Inputs already measured since the last edit are not measured again. A site's input transforms count:
+        what is measured is what its product multiplies.
 
         Raises:
-            CalibrationError: no data, a site without an activation input, or NaN/inf in one.
+            CalibrationError: no data, a site without an activation input, NaN/inf in one, or sites with the
+                same input and different transforms.
         """
         first = {self._input(site).name: site for site in reversed(sites)}
+        for site in sites:
+            self._check_transforms(site, first[self._input(site).name])
+        for name, site in first.items():
+            transforms = self.state.form(site.name).transform_in
+            if self._known_for.get(name, transforms) != transforms:
+                for gram_too in (False, True):
+                    self._known.pop((name, gram_too), None)
+            self._known_for[name] = transforms
         missing = {name: site for name, site in first.items() if not self._have(name, gram)}
         if missing:
             found = {
@@ -109,38 +123,61 @@ class Context:
             walk, runner = self._ready()
             for values in walk.collect(runner, nodes):
                 for (name, site), node in zip(missing.items(), nodes, strict=True):
-                    found[name].update(as_tokens(site, values[node]))
+                    x = apply_transforms(values[node], self.state.form(site.name).transform_in)
+                    found[name].update(as_tokens(site, x))
             self._known.update({(name, gram): statistics for name, statistics in found.items()})
         return {
             name: cast(Statistics, self._known.get((name, True)) or self._known[name, gram]) for name in first
         }
 
     def batches(self, site: Site) -> Iterator[Tensor]:
-        """The raw input of one site, batch by batch.
+        """The input of one site after its input transforms, batch by batch.
 
         Raises:
             CalibrationError: no data, or the site has no activation input.
         """
-        node = self._input(site)
+        name = self._input(site).name
         for values in self.inputs([site]):
-            yield values[node.name]
+            yield values[name]
 
     def inputs(self, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
-        """The raw inputs of several sites, keyed by ``site.input.name``, batch by batch.
+        """The inputs of several sites after their input transforms, by ``site.input.name``, batch by batch.
 
         Raises:
-            CalibrationError: no data, or a site has no activation input.
+            CalibrationError: no data, a site has no activation input, or sites with the same input have
+                different transforms.
         """
-        nodes = list(dict.fromkeys(self._input(site) for site in sites))
+        first = {self._input(site): site for site in reversed(sites)}
+        for site in sites:
+            self._check_transforms(site, first[self._input(site)])
+        transforms = {node: self.state.form(site.name).transform_in for node, site in first.items()}
         walk, runner = self._ready()
-        for values in walk.collect(runner, nodes):
-            yield {node.name: values[node] for node in nodes}
+        for values in walk.collect(runner, list(first)):
+            yield {node.name: apply_transforms(values[node], transforms[node]) for node in first}
+
+    def function(self) -> ProgramBlock:
+        """The block as a differentiable function.
+
+        Raises:
+            CalibrationError: there are no calibration data.
+        """
+        return ProgramBlock(self._plan, self._feed.walk_at(self.index, self._where), self.state, self._where)
 
     def edited(self, names: Sequence[str]) -> None:
         """Called by the manager after each edit: what was measured no longer holds."""
         self._known.clear()
+        self._known_for.clear()
         if self._runner is not None:
             self._runner.forget(names)
+
+    def _check_transforms(self, site: Site, other: Site) -> None:
+        mine, theirs = (self.state.form(one.name).transform_in for one in (site, other))
+        same = len(mine) == len(theirs) and all(a.same_as(b) for a, b in zip(mine, theirs, strict=True))
+        if not same:
+            raise CalibrationError(
+                f"{self._where}: {site.name} and {other.name} share an input but transform it differently.",
+                fix="ask for the statistics of each by itself.",
+            )
 
     def _have(self, name: str, gram: bool) -> bool:
         return (name, True) in self._known or (name, gram) in self._known

@@ -14,11 +14,12 @@ from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.sites import find_sites
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
-from fxcompress.errors import CalibrationError, FormatError
-from fxcompress.forms import Scale, Shift, SiteForm, Transform
-from fxcompress.ops.activation import apply_quantizer
+from fxcompress.errors import CalibrationError
+from fxcompress.forms import ActivationQuantizer, SiteForm
+from fxcompress.ops.activation import apply_quantizer, apply_transforms
+from fxcompress.ops.straight_through import straight_through
 
-__all__ = ["BlockRunner", "Plan", "Values", "Walk", "apply_transforms"]
+__all__ = ["BlockRunner", "Plan", "Values", "Walk"]
 
 Values = dict[fx.Node, Any]
 
@@ -69,22 +70,6 @@ class Plan:
         return [site for site in self.sites if site.name == name]
 
 
-def apply_transforms(x: Tensor, transforms: Sequence[Transform]) -> Tensor:
-    """Apply input or output transforms in order.
-
-    Raises:
-        FormatError: a transform that has no reference implementation.
-    """
-    for transform in transforms:
-        if isinstance(transform, Scale):
-            x = x * transform.factor.to(x.dtype)
-        elif isinstance(transform, Shift):
-            x = x + transform.offset.to(x.dtype)
-        else:
-            raise FormatError(f"transform {transform.kind!r} has no reference implementation.")
-    return x
-
-
 class BlockRunner:
     """Interprets one block with the forms of a :class:`CompressionState`.
 
@@ -96,13 +81,24 @@ class BlockRunner:
         index: Which block.
         state: Edits to compute with. Read at each run; call :meth:`forget` for names edited since.
         double: Compute everything in float64: weights, inputs and every dtype the graph itself asks for.
+        tensors: Values to use for some parameters. When given, gradients flow where the caller enables them
+            (straight through quantizers); else none are recorded.
     """
 
-    def __init__(self, plan: Plan, index: int, state: CompressionState, *, double: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        index: int,
+        state: CompressionState,
+        *,
+        double: bool = False,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.plan = plan
         self.block = plan.blocks[index]
         self.state = state
         self.double = double
+        self._tensors = tensors
         self._weights: dict[fx.Node, Any] = {}
         self._schedules: dict[tuple[fx.Node, ...], tuple[list[fx.Node], list[list[fx.Node]]]] = {}
         self._mutating = [node for node in self.block.nodes if _mutates(node)]
@@ -113,7 +109,6 @@ class BlockRunner:
         for node in [n for n in self._weights if program.weight_of.get(n.name) in names]:
             del self._weights[node]
 
-    @torch.no_grad()
     def run(self, values: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> Values:
         """Values of ``wanted`` for one batch, running only what they need.
 
@@ -121,6 +116,10 @@ class BlockRunner:
             values: User inputs and values of earlier blocks.
             wanted: Nodes of this block, or values it is given.
         """
+        with torch.set_grad_enabled(self._tensors is not None and torch.is_grad_enabled()):
+            return self._run(values, wanted)
+
+    def _run(self, values: Mapping[fx.Node, Any], wanted: Sequence[fx.Node]) -> Values:
         schedule, last_use = self._schedule(tuple(dict.fromkeys(wanted)))
         keep = set(wanted)
         env: Values = dict(values) if not self._mutating else _clone_values(values)
@@ -200,7 +199,11 @@ class BlockRunner:
         name = program.weight_of.get(node.name)
         if name is None:
             raise CalibrationError(f"{self.block.name}: the value {node.name!r} was not given.")
+        if self._tensors is not None and name in self._tensors:
+            return self._tensors[name]
         value = self.state.effective(name) if name in self.state.weights else program.weights[name]
+        if self._tensors is not None and isinstance(value, Tensor):
+            value = value.detach()
         if self._mutating and name not in program.parameters:
             value = value.clone()
         return self._cast(value)
@@ -238,7 +241,7 @@ class BlockRunner:
         new: Values = {}
         if site.input is not None and (form.transform_in or form.activation is not None):
             x = apply_transforms(self._read(site.input, env), form.transform_in)
-            new[site.input] = x if form.activation is None else apply_quantizer(x, form.activation)
+            new[site.input] = x if form.activation is None else self._quantized(x, form.activation)
         bias = self._read(site.bias_node, env) if site.bias_node is not None else None
         if form.bias is not None:
             bias = self._cast(
@@ -261,6 +264,11 @@ class BlockRunner:
         if site.kind in (SiteKind.CONV, SiteKind.CONV_TRANSPOSED):
             bias = bias.reshape(-1, *([1] * (len(site.layout.shape) - 2)))
         return out + bias
+
+    def _quantized(self, x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+        if not torch.is_grad_enabled():
+            return apply_quantizer(x, quantizer)
+        return straight_through(x, apply_quantizer(x.detach(), quantizer))
 
 
 class Walk:
@@ -291,6 +299,10 @@ class Walk:
         """Values of ``wanted`` nodes of the current block, batch by batch; the walk stays where it is."""
         for index in range(len(self.inputs)):
             yield self._run(runner, index, wanted)
+
+    def value(self, runner: BlockRunner, index: int, wanted: Sequence[fx.Node]) -> Values:
+        """Values of ``wanted`` nodes of the current block for batch ``index``."""
+        return self._run(runner, index, wanted)
 
     def advance(self, state: CompressionState) -> None:
         """Run the current block on all batches and step to the next one."""

@@ -1,5 +1,6 @@
 """Number formats: which values a code stands for, and how codes are packed."""
 
+from fxcompress.formats.floating import FloatFormat, quantize_to_float_term
 from fxcompress.formats.integer import (
     IntFormat,
     decode,
@@ -11,6 +12,7 @@ from fxcompress.formats.integer import (
 from fxcompress.formats.packing import pack_codes, packed_width, unpack_codes
 
 __all__ = [
+    "FloatFormat",
     "IntFormat",
     "decode",
     "encode",
@@ -18,6 +20,7 @@ __all__ = [
     "make_term",
     "pack_codes",
     "packed_width",
+    "quantize_to_float_term",
     "quantize_to_term",
     "unpack_codes",
 ]

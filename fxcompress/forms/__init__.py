@@ -1,24 +1,43 @@
 """The normal form: data types that say how a compressed site computes."""
 
-from fxcompress.forms.activation import ActivationQuantizer, DynamicPerToken, StaticPerTensor
+from fxcompress.forms.activation import (
+    ActivationQuantizer,
+    DynamicPerToken,
+    FloatPerTensor,
+    FloatPerToken,
+    StaticPerCluster,
+    StaticPerTensor,
+)
 from fxcompress.forms.component import Component, component, from_spec
+from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
-from fxcompress.forms.site_form import Scale, Shift, SiteForm, Transform, same_transform
-from fxcompress.forms.terms import QuantizedWeight, WeightTerm
+from fxcompress.forms.outliers import FixedOutliers, OutlierColumns, OutlierSplit, SplitQuantizer
+from fxcompress.forms.site_form import Permute, Scale, Shift, SiteForm, Transform
+from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
 
 __all__ = [
     "ActivationQuantizer",
     "Component",
     "DynamicPerToken",
+    "Eager",
+    "Emit",
+    "FixedOutliers",
+    "FloatPerTensor",
+    "FloatPerToken",
+    "FloatWeight",
+    "OutlierColumns",
+    "OutlierSplit",
+    "Permute",
     "QuantizedWeight",
     "Scale",
     "Shift",
     "SiteForm",
+    "SplitQuantizer",
+    "StaticPerCluster",
     "StaticPerTensor",
     "Transform",
     "WeightLayout",
     "WeightTerm",
     "component",
     "from_spec",
-    "same_transform",
 ]

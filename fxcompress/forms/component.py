@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from fxcompress.errors import ArtifactError, FormatError
@@ -31,6 +32,22 @@ class Component:
         found: dict[str, Tensor] = {}
         self.to_spec("", found)
         return {name.removeprefix("."): tensor for name, tensor in found.items()}
+
+    def describe(self) -> str:
+        """A few words for the report."""
+        return self.kind
+
+    def same_as(self, other: Component) -> bool:
+        """Whether both mean the same: same kind, options and tensors."""
+        mine, theirs = self.tensors(), other.tensors()
+        return (
+            type(self) is type(other)
+            and self.to_spec("", {}) == other.to_spec("", {})
+            and all(
+                tensor.dtype == theirs[key].dtype and torch.equal(tensor, theirs[key])
+                for key, tensor in mine.items()
+            )
+        )
 
     @property
     def nbytes(self) -> int:

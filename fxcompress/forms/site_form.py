@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +11,23 @@ from torch import Tensor
 from fxcompress.errors import FormatError
 from fxcompress.forms.activation import ActivationQuantizer
 from fxcompress.forms.component import Component, component
+from fxcompress.forms.emit import Emit
 from fxcompress.forms.terms import WeightTerm
 
 
 @dataclass(frozen=True, eq=False)
 class Transform(Component):
     """A change of the site's input or output basis that could not be folded into a neighbour."""
+
+    def emit(self, x: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """Describe the transformed ``x: [..., K]`` of ``dtype``; see :mod:`fxcompress.forms.emit`."""
+        raise FormatError(f"{type(self).__name__} does not implement emit()")
+
+
+def _as(emit: Emit, field: str, value: Tensor, dtype: torch.dtype) -> Any:
+    """The component's tensor ``field``, whose value is ``value``, in ``dtype``."""
+    tensor = emit.tensor(field)
+    return tensor if value.dtype == dtype else emit.call(torch.ops.aten.to.dtype, tensor, dtype)
 
 
 @component("scale")
@@ -25,6 +37,32 @@ class Scale(Transform):
 
     factor: Tensor
 
+    def emit(self, x: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """A product in the dtype of ``x``."""
+        return emit.call(torch.ops.aten.mul.Tensor, x, _as(emit, "factor", self.factor, dtype))
+
+
+@component("permute")
+@dataclass(frozen=True, eq=False)
+class Permute(Transform):
+    """Reorder the last dimension: channel p of the result is channel ``order[p]``.
+
+    Args:
+        order: ``[K]`` int64, a permutation.
+    """
+
+    order: Tensor
+
+    def __post_init__(self) -> None:
+        if self.order.dim() != 1 or self.order.dtype != torch.int64:
+            raise FormatError(
+                f"Permute: order is {tuple(self.order.shape)} {self.order.dtype}, expected an int64 vector."
+            )
+
+    def emit(self, x: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """A gather."""
+        return emit.call(torch.ops.aten.index_select.default, x, -1, emit.tensor("order"))
+
 
 @component("shift")
 @dataclass(frozen=True, eq=False)
@@ -33,16 +71,9 @@ class Shift(Transform):
 
     offset: Tensor
 
-
-def same_transform(one: Transform, two: Transform) -> bool:
-    """Whether two transforms do the same: equal kinds, fields and tensors."""
-    tensors: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    if one.to_spec("", tensors[0]) != two.to_spec("", tensors[1]):
-        return False
-    return all(
-        value.dtype == tensors[1][name].dtype and torch.equal(value, tensors[1][name])
-        for name, value in tensors[0].items()
-    )
+    def emit(self, x: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """A sum in the dtype of ``x``."""
+        return emit.call(torch.ops.aten.add.Tensor, x, _as(emit, "offset", self.offset, dtype))
 
 
 @component("site-form")
@@ -58,6 +89,8 @@ class SiteForm(Component):
             its result.
         transform_out: Applied to the output in order, before the bias.
         bias: Replacement bias ``[N]``, or None to keep the model's own.
+        clusters: Sizes of clusters of neighbouring input channels (after ``transform_in``) with similar
+            ranges, which an activation quantizer may use. Empty: not clustered.
     """
 
     terms: tuple[WeightTerm, ...] = ()
@@ -65,6 +98,7 @@ class SiteForm(Component):
     transform_in: tuple[Transform, ...] = ()
     transform_out: tuple[Transform, ...] = ()
     bias: Tensor | None = None
+    clusters: tuple[int, ...] = ()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Sum of the terms in the parameter's shape.

@@ -1,26 +1,36 @@
-"""Weight terms: the summands of a linear site's normal form."""
+"""Weight terms: the summands of a weight site's normal form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxcompress.errors import FormatError
+from fxcompress.formats.floating import FloatFormat
 from fxcompress.formats.integer import IntFormat
 from fxcompress.formats.packing import packed_width
 from fxcompress.forms.component import Component, component
+from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
 
 
 @dataclass(frozen=True, eq=False)
 class WeightTerm(Component):
-    """One summand of a site's weight. Subclasses give :meth:`dense`, the parameter-shaped value."""
+    """One summand of a site's weight. Subclasses give :meth:`emit`, the parameter-shaped value."""
+
+    def emit(self, dtype: torch.dtype, emit: Emit) -> Any:
+        """Describe the term's value, of the parameter's shape; see :mod:`fxcompress.forms.emit`."""
+        raise FormatError(f"{type(self).__name__} does not implement emit()")
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The term as a tensor of the parameter's shape."""
-        raise FormatError(f"{type(self).__name__} does not implement dense()")
+        import fxcompress.ops  # noqa: F401  (registers the operators)
+
+        value: Tensor = self.emit(dtype, Eager(self))
+        return value
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
@@ -82,15 +92,97 @@ class QuantizedWeight(WeightTerm):
         """Shape of the parameter this term stands for."""
         return self.shape
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    def emit(self, dtype: torch.dtype, emit: Emit) -> Any:
         """Dequantize to the parameter's shape."""
-        from fxcompress.ops.weight import dequantize_weight
+        return emit.call(
+            torch.ops.fxcompress.dequantize_weight.default,
+            emit.tensor("codes"),
+            emit.tensor("scale"),
+            emit.tensor("zero") if self.zero is not None else None,
+            self.bits,
+            self.group_size,
+            list(self.shape),
+            list(self.perm),
+            self.batch_dims,
+            self.row_dims,
+            dtype,
+        )
 
-        return dequantize_weight(self, dtype)
+    def describe(self) -> str:
+        """E.g. ``"int4 asym g64"``."""
+        group = {0: "per row", -1: "per matrix"}.get(self.group_size, f"g{self.group_size}")
+        return f"int{self.bits} {'sym' if self.symmetric else 'asym'} {group}"
 
 
-def _check(field: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@component("float-weight")
+@dataclass(frozen=True, eq=False)
+class FloatWeight(WeightTerm):
+    """Dense 8-bit floating-point codes with scales: ``value = scale · code``.
+
+    Args:
+        format_kind, block_rows, block_columns: The :class:`~fxcompress.formats.FloatFormat`.
+        shape, perm, batch_dims, row_dims: The :class:`WeightLayout`.
+        codes: ``[B, N, K]`` float8_e4m3fn or float8_e5m2.
+        scale: ``[B, ⌈N/block_rows⌉, ⌈K/block_columns⌉]`` float32; a block size of 0 means one block.
+
+    Raises:
+        FormatError: a tensor's shape or dtype does not follow from the other fields.
+    """
+
+    format_kind: str
+    block_rows: int
+    block_columns: int
+    shape: tuple[int, ...]
+    perm: tuple[int, ...]
+    batch_dims: int
+    row_dims: int
+    codes: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        size = self.layout.matrix_shape
+        _check("codes", self.codes, size, self.format.dtype, "FloatWeight")
+        _check("scale", self.scale, self.format.scale_shape(*size), torch.float32, "FloatWeight")
+
+    @property
+    def layout(self) -> WeightLayout:
+        """The parameter's canonical view."""
+        return WeightLayout(self.shape, self.perm, self.batch_dims, self.row_dims)
+
+    @property
+    def format(self) -> FloatFormat:
+        """The number format of the codes."""
+        return FloatFormat(self.format_kind, self.block_rows, self.block_columns)
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter this term stands for."""
+        return self.shape
+
+    def emit(self, dtype: torch.dtype, emit: Emit) -> Any:
+        """Dequantize to the parameter's shape."""
+        return emit.call(
+            torch.ops.fxcompress.dequantize_float_weight.default,
+            emit.tensor("codes"),
+            emit.tensor("scale"),
+            self.block_rows,
+            self.block_columns,
+            list(self.shape),
+            list(self.perm),
+            self.batch_dims,
+            self.row_dims,
+            dtype,
+        )
+
+    def describe(self) -> str:
+        """E.g. ``"fp8-e4m3 per row"``."""
+        return self.format.describe()
+
+
+def _check(
+    field: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, what: str = "QuantizedWeight"
+) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise FormatError(
-            f"QuantizedWeight: {field} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}."
+            f"{what}: {field} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}."
         )

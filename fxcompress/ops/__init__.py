@@ -6,10 +6,10 @@ every graph made here runs on every device and under every compiler that PyTorch
 package registers the operators and does nothing else.
 """
 
-from fxcompress.ops.activation import apply_quantizer
+from fxcompress.ops.activation import apply_quantizer, apply_transforms
 from fxcompress.ops.weight import dequantize_weight
 
-# Imported for its registration.
-from fxcompress.ops import embedding  # noqa: F401  isort: skip
+# Imported for their registration.
+from fxcompress.ops import embedding, floating, outliers  # noqa: F401  isort: skip
 
-__all__ = ["apply_quantizer", "dequantize_weight"]
+__all__ = ["apply_quantizer", "apply_transforms", "dequantize_weight"]

@@ -6,14 +6,15 @@ half to even.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fxcompress.errors import FormatError
-from fxcompress.forms.activation import ActivationQuantizer, DynamicPerToken, StaticPerTensor
+from fxcompress.forms import ActivationQuantizer, Eager, Transform
 from fxcompress.ops._library import composite
 
-__all__ = ["apply_quantizer"]
+__all__ = ["apply_quantizer", "apply_transforms"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -54,6 +55,31 @@ def _dequantize_activation(q: Tensor, scale: Tensor, zero: Tensor | None, dtype:
     return (value * scale.to(compute)).to(dtype)
 
 
+def _cluster_of(ends: Tensor, width: int) -> Tensor:
+    """``[K]``: the cluster of every channel."""
+    return torch.bucketize(torch.arange(width, device=ends.device), ends, right=True)
+
+
+@composite("quantize_per_cluster(Tensor x, Tensor scale, Tensor zero, Tensor ends, int bits) -> Tensor")
+def _quantize_per_cluster(x: Tensor, scale: Tensor, zero: Tensor, ends: Tensor, bits: int) -> Tensor:
+    """:func:`quantize_per_tensor` with a scale and zero-point per cluster; channel k < ends[c] is in c."""
+    cluster = _cluster_of(ends, x.shape[-1])
+    bound = 1 << (bits - 1)
+    return (torch.round(_wide(x) / scale[cluster]) + zero[cluster]).clamp(-bound, bound - 1).to(torch.int8)
+
+
+@composite(
+    "dequantize_per_cluster(Tensor q, Tensor scale, Tensor zero, Tensor ends, ScalarType dtype) -> Tensor"
+)
+def _dequantize_per_cluster(
+    q: Tensor, scale: Tensor, zero: Tensor, ends: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``scale · (q − zero)`` in ``dtype``, by cluster."""
+    cluster = _cluster_of(ends, q.shape[-1])
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return ((q.to(compute) - zero[cluster].to(compute)) * scale[cluster].to(compute)).to(dtype)
+
+
 def apply_quantizer(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
     """Quantize and dequantize an activation: the values a quantized product sees.
 
@@ -65,23 +91,26 @@ def apply_quantizer(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
         ``[..., K]`` in the dtype of ``x``.
 
     Raises:
-        FormatError: the quantizer is of an unknown type.
+        FormatError: the quantizer says not how it computes.
 
     Example:
         >>> apply_quantizer(torch.tensor([[0.0, 1.0, 127.0]]), DynamicPerToken(bits=8)).tolist()
         [[0.0, 1.0, 127.0]]
     """
-    ops = torch.ops.fxcompress
-    value: Tensor
-    if isinstance(quantizer, DynamicPerToken):
-        q, scale = ops.quantize_per_token.default(x, quantizer.bits)
-        value = ops.dequantize_activation.default(q, scale, None, x.dtype)
-    elif isinstance(quantizer, StaticPerTensor):
-        q = ops.quantize_per_tensor.default(x, quantizer.scale, quantizer.zero, quantizer.bits)
-        value = ops.dequantize_activation.default(q, quantizer.scale, quantizer.zero, x.dtype)
-    else:
-        raise FormatError(
-            f"apply_quantizer: unknown activation quantizer {type(quantizer).__name__}.",
-            fix="use DynamicPerToken or StaticPerTensor.",
-        )
+    value: Tensor = quantizer.emit(x, x.dtype, Eager(quantizer))
     return value
+
+
+def apply_transforms(x: Tensor, transforms: Sequence[Transform]) -> Tensor:
+    """Apply input or output transforms in order.
+
+    Args:
+        x: ``[..., K]`` floating.
+        transforms: What to apply.
+
+    Raises:
+        FormatError: a transform that has no reference implementation.
+    """
+    for transform in transforms:
+        x = transform.emit(x, x.dtype, Eager(transform))
+    return x

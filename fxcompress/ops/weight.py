@@ -1,4 +1,4 @@
-"""``fxcompress::dequantize_weight``: packed codes to a dense, parameter-shaped tensor."""
+"""``fxcompress::dequantize_…weight``: codes to a dense, parameter-shaped tensor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxcompress.formats.floating import decode_float
 from fxcompress.formats.integer import decode_rows
 from fxcompress.formats.packing import unpack_codes
 from fxcompress.forms.layout import WeightLayout
-from fxcompress.forms.terms import QuantizedWeight
+from fxcompress.forms.terms import WeightTerm
 from fxcompress.ops._library import composite
 
 __all__ = ["dequantize_weight"]
@@ -40,7 +41,27 @@ def _dequantize_weight(
     return value.contiguous()
 
 
-def dequantize_weight(term: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+@composite(
+    "dequantize_float_weight(Tensor codes, Tensor scale, int block_rows, int block_columns, SymInt[] shape,"
+    " int[] perm, int batch_dims, int row_dims, ScalarType dtype) -> Tensor"
+)
+def _dequantize_float_weight(
+    codes: Tensor,  # [B, N, K] float8
+    scale: Tensor,  # [B, N / block_rows, K / block_columns] float32
+    block_rows: int,
+    block_columns: int,
+    shape: Sequence[int],
+    perm: Sequence[int],
+    batch_dims: int,
+    row_dims: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``scale · code`` in the parameter's shape, contiguous."""
+    layout = WeightLayout(tuple(shape), tuple(perm), batch_dims, row_dims)
+    return layout.from_matrix(decode_float(codes, scale, block_rows, block_columns, dtype)).contiguous()
+
+
+def dequantize_weight(term: WeightTerm, dtype: torch.dtype) -> Tensor:
     """Dequantize a weight term.
 
     Args:
@@ -48,18 +69,6 @@ def dequantize_weight(term: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         dtype: Floating dtype of the result; products are computed in float32 (float64 if asked for).
 
     Returns:
-        Contiguous tensor of shape ``term.shape``.
+        Contiguous tensor of shape ``term.parameter_shape``.
     """
-    value: Tensor = torch.ops.fxcompress.dequantize_weight.default(
-        term.codes,
-        term.scale,
-        term.zero,
-        term.bits,
-        term.group_size,
-        term.shape,
-        term.perm,
-        term.batch_dims,
-        term.row_dims,
-        dtype,
-    )
-    return value
+    return term.dense(dtype)

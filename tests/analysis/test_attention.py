@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcompress.analysis.attention import AttentionSite, find_attention
@@ -62,33 +63,36 @@ class Routed(nn.Module):
 
 
 class OwnAttention(nn.Module):
-    """Two products without heads, written by hand."""
+    """Attention without heads, in several spellings."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, style: str, dim: int = -1) -> None:
         super().__init__()
-        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
-        self.dim = dim
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.norm, self.style, self.dim = nn.LayerNorm(8), style, dim
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.q(x) @ self.k(x).transpose(1, 2) / 8**0.5 + torch.ones(x.shape[1], x.shape[1]).tril()
-        return scores.softmax(self.dim) @ self.v(x)
+        q, k, v = self.norm(self.q(x)), self.k(x), self.v(x)
+        if self.style == "fused":
+            return self.o(F.scaled_dot_product_attention(q, k, v))
+        scores = torch.einsum("bqd,bkd->bqk", q, k) if self.style == "einsum" else q @ k.mT
+        scores = torch.tanh(scores / 3) + torch.ones(x.shape[1], x.shape[1]).triu(1) * -1e4
+        return self.o(scores.softmax(self.dim) @ v)
 
 
 @torch.no_grad()
-def test_by_hand() -> None:
-    x = torch.randn(2, 5, 8)
-    (site,) = find_attention(capture_model(OwnAttention(-1).eval(), (x,), {}))
-    assert (site.query_weights, site.key_weights, site.value_weights) == (
-        ("q.weight",),
-        ("k.weight",),
-        ("v.weight",),
-    )
-    assert site.key_transposed
+@pytest.mark.parametrize("style", ["fused", "matmul", "einsum"])
+def test_every_spelling(style: str) -> None:
+    (site,) = find_attention(capture_model(OwnAttention(style).eval(), (torch.randn(2, 5, 8),), {}))
+    assert (site.query_weights, site.key_weights) == (("q.weight",), ("k.weight",))
+    assert site.value_weights == ("v.weight",)
+    assert site.key_transposed == (style == "matmul")
     assert (site.heads, site.rotary) == (None, False)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model", [Routed(), OwnAttention(1)], ids=["router", "softmax over queries"])
+@pytest.mark.parametrize(
+    "model", [Routed(), OwnAttention("matmul", dim=1)], ids=["router", "softmax over queries"]
+)
 def test_what_is_none(model: nn.Module) -> None:
     assert find_attention(capture_model(model.eval(), (torch.randn(2, 5, 8),), {})) == []
 

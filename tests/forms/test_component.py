@@ -106,7 +106,7 @@ def test_dense_of_a_form_is_the_sum_of_its_terms() -> None:
 
 
 def test_an_abstract_term_says_what_it_lacks() -> None:
-    with pytest.raises(FormatError, match=r"implement dense\(\)"):
+    with pytest.raises(FormatError, match=r"implement emit\(\)"):
         WeightTerm().dense(torch.float32)
     with pytest.raises(FormatError, match="implement parameter_shape"):
         _ = WeightTerm().parameter_shape

@@ -13,7 +13,8 @@ from fxcompress.calibration.statistics import ActivationStatistics, as_tokens
 from fxcompress.capture.export import capture_model
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState, Edit, Refuse, SetWeight
-from fxcompress.pass_base import Pass, Statistics
+from fxcompress.ops import apply_transforms
+from fxcompress.pass_base import BlockFunction, Pass, Statistics
 
 Inputs = tuple[Any, ...]
 
@@ -77,13 +78,17 @@ class OneBlock:
 
     def batches(self, site: Site) -> Iterator[Tensor]:
         assert site.input is not None
-        for inputs in self.data:
-            yield self.values(inputs, [site.input])[site.input.name]
+        for inputs in self.inputs([site]):
+            yield inputs[site.input.name]
+
+    def function(self) -> BlockFunction:
+        raise NotImplementedError("run passes that optimise a block through run_recipe")
 
     def inputs(self, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
-        nodes = [site.input for site in sites if site.input is not None]
+        form = {site.input: self.state.form(site.name) for site in sites if site.input is not None}
         for inputs in self.data:
-            yield self.values(inputs, nodes)
+            values = self.values(inputs, list(form))
+            yield {node.name: apply_transforms(values[node.name], form[node].transform_in) for node in form}
 
     def values(self, inputs: Inputs, wanted: Sequence[fx.Node]) -> dict[str, Any]:
         """Values of graph nodes with all edits so far."""

@@ -11,10 +11,10 @@ from torch import nn
 from fxcompress.capture.export import capture_model
 from fxcompress.edits import SetActivation
 from fxcompress.errors import CalibrationError, RecipeError
-from fxcompress.forms import DynamicPerToken, StaticPerTensor
+from fxcompress.forms import DynamicPerToken, FloatPerTensor, FloatPerToken, StaticPerTensor
 from fxcompress.ops.activation import apply_quantizer
 from fxcompress.passes import QuantizeActivations
-from fxcompress.passes.quantize_activations import static_quantizer
+from fxcompress.passes._activation_ranges import static_float_quantizer, static_quantizer
 from tests.passes.models import Attention, Autoencoder, Convolutions, Language, Products
 from tests.passes.one_block import OneBlock, block_of, refusals
 
@@ -167,7 +167,7 @@ def test_static_range_covers_all_uses_or_is_refused() -> None:
     [
         ({"bits": 1}, "bits=1"),
         ({"bits": 8.0}, "bits=8.0"),
-        ({"mode": "both"}, "expected 'dynamic' or 'static'"),
+        ({"mode": "both"}, "expected 'dynamic', 'static' or 'cluster'"),
         ({"heads": 1}, "heads=1"),
     ],
 )
@@ -232,7 +232,39 @@ def test_measuring_needs_data_and_a_number() -> None:
     assert QuantizeActivations(max_error=0.1).needs_calibration
     assert not QuantizeActivations().needs_calibration
     for value in (0, -1.0, float("inf"), float("nan"), "0.1", True):
-        with pytest.raises(RecipeError, match="max_error=.*expected a positive number"):
+        with pytest.raises(RecipeError, match=r"max_error=.*expected a positive number"):
             QuantizeActivations(max_error=value)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="tokens=0"):
         QuantizeActivations(tokens=0)
+
+
+def test_floating_point_activations() -> None:
+    block = attention()
+    assert refusals(block.run(QuantizeActivations(format="fp8-e5m2"))) == {}
+    quantizer = block.state.form("q.weight").activation
+    assert isinstance(quantizer, FloatPerToken)
+    assert quantizer.format_kind == "e5m2"
+    assert set(refusals(block.run(QuantizeActivations(format="fp8-e5m2"))).values()) == {
+        "its input is quantized already"
+    }
+
+
+def test_floating_point_static_scale_is_the_greatest_magnitude_over_448() -> None:
+    block = attention()
+    site = next(site for site in block.sites if site.name == "q.weight")
+    top = max(float(value.abs().max()) for value in block.batches(site))
+    block.run(QuantizeActivations(format="fp8-e4m3", mode="static"))
+    quantizer = block.state.form("q.weight").activation
+    assert isinstance(quantizer, FloatPerTensor)
+    assert quantizer.scale.item() == pytest.approx(top / 448, rel=1e-6)
+    zero = static_float_quantizer(torch.tensor(0.0), "e4m3", "w")
+    assert zero.scale.item() == pytest.approx(1 / (448 * 512))
+    with pytest.raises(CalibrationError, match="w: its calibrated inputs contain NaN or inf"):
+        static_float_quantizer(torch.tensor(float("inf")), "e4m3", "w")
+
+
+def test_floating_point_options_are_checked() -> None:
+    with pytest.raises(RecipeError, match="format='fp4'"):
+        QuantizeActivations(format="fp4")
+    with pytest.raises(RecipeError, match="has 8 bits"):
+        QuantizeActivations(format="fp8-e4m3", bits=4)

@@ -12,7 +12,7 @@ from fxcompress.edits import SetTensor, SetWeight
 from fxcompress.errors import FormatError, RecipeError
 from fxcompress.formats import IntFormat
 from fxcompress.formats.integer import decode, encode, find_parameters
-from fxcompress.forms import QuantizedWeight, Scale, WeightLayout
+from fxcompress.forms import FloatWeight, QuantizedWeight, Scale, WeightLayout
 from fxcompress.manager import run_recipe
 from fxcompress.passes import QuantizeWeights
 from fxcompress.passes.quantize_weights import column_factor
@@ -256,3 +256,44 @@ def test_column_factors_of_odd_matrices() -> None:
     assert bool(torch.isfinite(matrix / factor).all())
     equal = column_factor(torch.full((1, 2, 5), 3.0, dtype=torch.float16))
     torch.testing.assert_close(equal, torch.ones(5))
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+@pytest.mark.parametrize(("group_size", "blocks"), [(None, (1, 0)), (-1, (0, 0)), (8, (8, 8))])
+def test_floating_point_weights(kind: str, group_size: int | None, blocks: tuple[int, int]) -> None:
+    block = block_of(Language(tied=False), (torch.zeros(2, 5, dtype=torch.int64),))
+    edits = block.run(QuantizeWeights(format=f"fp8-{kind}", group_size=group_size))
+    term = block.state.form("layer.down.weight").terms[0]
+    assert isinstance(term, FloatWeight)
+    assert (term.format_kind, term.block_rows, term.block_columns) == (kind, *blocks)
+    weight = block.program.weights["layer.down.weight"].detach()
+    bound = 0.04 if kind == "e4m3" else 0.08
+    assert float((term.dense(weight.dtype) - weight).norm() / weight.norm()) < bound
+    # What is looked up stays integer.
+    assert all(
+        isinstance(block.state.form(n).terms[0], QuantizedWeight) for n in ("table.weight", "head.weight")
+    )
+    assert refusals(edits) == {}
+    with pytest.raises(RecipeError, match="already compressed"):
+        block.run(QuantizeWeights(format="fp8-e4m3"))
+
+
+def test_floating_point_weights_of_every_kind_of_site() -> None:
+    block = block_of(Products(), (torch.randn(2, 5, 20),))
+    block.run(QuantizeWeights(format="fp8-e4m3"))
+    assert isinstance(block.state.form("many").terms[0], FloatWeight)
+    assert block.state.form("many").terms[0].codes.shape == (4, 9, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "fp9"}, "format='fp9', expected 'int', 'fp8-e4m3', 'fp8-e5m2'"),
+        ({"format": "fp8-e4m3", "bits": 4}, "has 8 bits, but bits=4"),
+        ({"format": "fp8-e4m3", "symmetric": True}, "symmetric does not apply"),
+        ({"format": "fp8-e4m3", "search": True}, "search does not apply"),
+    ],
+)
+def test_floating_point_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        QuantizeWeights(**options)
