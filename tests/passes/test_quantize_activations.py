@@ -232,7 +232,7 @@ def test_measuring_needs_data_and_a_number() -> None:
     assert QuantizeActivations(max_error=0.1).needs_calibration
     assert not QuantizeActivations().needs_calibration
     for value in (0, -1.0, float("inf"), float("nan"), "0.1", True):
-        with pytest.raises(RecipeError, match="max_error=.*expected a positive number"):
+        with pytest.raises(RecipeError, match=r"max_error=.*expected a positive number"):
             QuantizeActivations(max_error=value)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="tokens=0"):
         QuantizeActivations(tokens=0)
