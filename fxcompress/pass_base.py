@@ -89,7 +89,7 @@ class BlockContext(Protocol):
         ...
 
     def inputs(self, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
-        """The raw inputs of several sites, keyed by ``site.input.name``: one run for all of them."""
+        """Like :meth:`batches`, for several sites in one run, keyed by ``site.input.name``."""
         ...
 
 

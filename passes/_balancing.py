@@ -110,7 +110,7 @@ class BalancingPass(SelectivePass):
         if self.search is not None and groups:
             sites = [site for group in groups for site in group.sites]
             samples = sample_rows(block, sites, self.search[1])
-        for group in self.ordered(groups):
+        for group in self.ordered(block, groups):
             error = (
                 None
                 if self.search is None
@@ -122,14 +122,15 @@ class BalancingPass(SelectivePass):
         for name, why in refused.items():
             yield Refuse(name, why)
 
-    def ordered(self, groups: list[SmoothingGroup]) -> list[SmoothingGroup]:
+    def ordered(self, block: BlockContext, groups: list[SmoothingGroup]) -> list[SmoothingGroup]:
         """The order in which groups are balanced."""
         return groups
 
     def balance(self, work: Work) -> Generator[Edit, None, str | None]:
         """Yield the edits of one group; returns why there are none."""
-        if not any(consumer.input_name in work.seen for consumer in work.group.consumers):
-            return "no calibration token reaches it"
+        refusal = self.unsuitable(work)
+        if refusal is not None:
+            return refusal
         chosen = self.choose(work)
         if isinstance(chosen, str):
             return chosen
@@ -150,6 +151,15 @@ class BalancingPass(SelectivePass):
             yield from group.edits(scale, block.weight, reason)
         except WeightError as error:
             return str(error)
+        return None
+
+    def unsuitable(self, work: Work) -> str | None:
+        """Why a group cannot be balanced now."""
+        if not any(consumer.input_name in work.seen for consumer in work.group.consumers):
+            return "no calibration token reaches it"
+        name = work.group.name
+        if work.group.producers and work.block.state.form(name).bias is not None:
+            return f"{name}: its bias has moved into its form, where it would not be scaled along"
         return None
 
     def rounded(self, scale: Tensor) -> Tensor:
@@ -177,10 +187,6 @@ class BalancingPass(SelectivePass):
         taken: list[SmoothingGroup] = []
         for group in groups:
             reason = self._unselected_member(block, group)
-            if reason is None and block.state.form(group.name).bias is not None:
-                reason = (
-                    f"{group.name}: an earlier pass has moved its bias, which would have to be scaled along"
-                )
             if reason is None and heads.issuperset(group.site_names):
                 reason = "output head: its input stays unquantized (heads=False)"
             if reason is not None:

@@ -24,6 +24,7 @@ from fxcompress.analysis.smoothing import GroupKind, ScaledParameter, SmoothingG
 from fxcompress.edits import Edit, SetTensor, SetTransform
 from fxcompress.errors import RecipeError, WeightError
 from fxcompress.forms import Scale, Shift
+from fxcompress.pass_base import BlockContext
 from fxcompress.passes._balancing import BALANCED, BalancingPass, Work, make_target
 from fxcompress.passes._output_error import Target
 
@@ -96,9 +97,10 @@ class SuppressOutliers(BalancingPass):
         """See :class:`BalancingPass`."""
         return self._target(), self.tokens
 
-    def ordered(self, groups: list[SmoothingGroup]) -> list[SmoothingGroup]:
-        """Last first: what scales the rows of a matrix must come before its bias moves into its form."""
-        return groups[::-1]
+    def ordered(self, block: BlockContext, groups: list[SmoothingGroup]) -> list[SmoothingGroup]:
+        """Last reader first: what scales a matrix's rows must come before its bias moves into its form."""
+        place = {site: index for index, site in enumerate(block.sites)}
+        return sorted(groups, key=lambda group: -max(place[site] for site in group.sites))
 
     def choose(self, work: Work) -> tuple[Tensor, str] | str:
         """See :class:`BalancingPass`; without a shift."""
@@ -111,8 +113,9 @@ class SuppressOutliers(BalancingPass):
         if note:
             reason = yield from super().balance(work)
             return None if reason is None else f"{reason}; not shifted: {note}"
-        if not any(consumer.input_name in work.seen for consumer in work.group.consumers):
-            return "no calibration token reaches it"
+        refusal = self.unsuitable(work)
+        if refusal is not None:
+            return refusal
         z = centre(*self._range(work))
         scale, words, _ = self._search(work, z)
         if scale is None:
