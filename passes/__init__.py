@@ -9,6 +9,7 @@ if __name__ != "fxcompress.passes":
 
 from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
+from fxcompress.passes.insert_quant_dequant import InsertQuantDequant
 from fxcompress.passes.layer_distill import LayerDistill
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_weights import QuantizeWeights
@@ -19,6 +20,7 @@ from fxcompress.passes.split_outlier_features import SplitOutlierFeatures
 __all__ = [
     "FuseSiblings",
     "Gptq",
+    "InsertQuantDequant",
     "LayerDistill",
     "QuantizeActivations",
     "QuantizeWeights",

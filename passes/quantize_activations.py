@@ -18,17 +18,14 @@ from torch import Tensor
 
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.edits import Edit, Refuse, SetActivation
-from fxcompress.errors import CalibrationError, RecipeError
-from fxcompress.formats.floating import FLOAT_DTYPES
+from fxcompress.errors import RecipeError
 from fxcompress.forms import (
     ActivationQuantizer,
     DynamicPerToken,
-    FloatPerTensor,
     FloatPerToken,
-    StaticPerCluster,
-    StaticPerTensor,
 )
 from fxcompress.pass_base import BlockContext
+from fxcompress.passes._grids import cluster_quantizer, static_float_quantizer, static_quantizer
 from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates, float_kind
 
 _CONVOLUTIONS = (SiteKind.CONV, SiteKind.CONV_TRANSPOSED)
@@ -146,81 +143,6 @@ class QuantizeActivations(SelectivePass):
             outside = any(site.takes_activation for site in candidate.uses if site not in candidate.here)
             return "used in several blocks, which one static range cannot serve" if outside else None
         return next((why for why in map(_no_tokens, products) if why is not None), None)
-
-
-def static_quantizer(low: Tensor, high: Tensor, bits: int, name: str) -> StaticPerTensor:
-    """The asymmetric quantizer of the range ``low…high``, widened to contain zero.
-
-    Args:
-        low: 0-d, least value seen.
-        high: 0-d, greatest value seen.
-        bits: Code width.
-        name: Parameter, for messages.
-
-    Returns:
-        Signed codes ``-2**(bits-1) … 2**(bits-1)-1``: ``low`` is the first, ``high`` the last, 0 is exact.
-
-    Raises:
-        CalibrationError: ``low`` or ``high`` is not finite.
-    """
-    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
-    _check_finite(torch.stack([low, high]), name)
-    levels = 2**bits - 1
-    scale = ((high - low) / levels).float().clamp_min(torch.finfo(torch.float32).tiny)
-    if float(high) == float(low):  # both zero
-        scale = torch.ones_like(scale)
-    first = -(2 ** (bits - 1))
-    zero = (first - low / scale).round().clamp(first, first + levels)
-    return StaticPerTensor(bits=bits, scale=scale, zero=zero.to(torch.int32))
-
-
-def cluster_quantizer(
-    low: Tensor, high: Tensor, clusters: tuple[int, ...], bits: int, name: str
-) -> StaticPerCluster:
-    """One :func:`static_quantizer` per cluster of neighbouring channels.
-
-    Args:
-        low: ``[K]`` least value seen per channel.
-        high: ``[K]`` greatest value seen per channel.
-        clusters: Sizes of the clusters, K in all. One cluster equals quantization per tensor, K clusters per
-            channel.
-        bits: Code width.
-        name: Parameter, for messages.
-
-    Raises:
-        CalibrationError: a value is not finite.
-    """
-    parts = [
-        static_quantizer(part_low.min(), part_high.max(), bits, name)
-        for part_low, part_high in zip(low.split(list(clusters)), high.split(list(clusters)), strict=True)
-    ]
-    ends = torch.tensor(clusters).cumsum(0)
-    scale, zero = torch.stack([part.scale for part in parts]), torch.stack([part.zero for part in parts])
-    return StaticPerCluster(bits, ends, scale.cpu(), zero.cpu())
-
-
-def static_float_quantizer(top: Tensor, kind: str, name: str) -> FloatPerTensor:
-    """The floating-point quantizer whose largest code is ``top``.
-
-    Args:
-        top: 0-d, greatest magnitude seen; counts as 1/512 when it is less, as in dynamic quantization.
-        kind: ``"e4m3"`` or ``"e5m2"``.
-        name: Parameter, for messages.
-
-    Raises:
-        CalibrationError: ``top`` is not finite.
-    """
-    _check_finite(top, name)
-    largest = float(torch.finfo(FLOAT_DTYPES[kind]).max)
-    return FloatPerTensor(kind, (top.double().clamp_min(1 / 512) / largest).to("cpu", torch.float32))
-
-
-def _check_finite(value: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(value).all()):
-        raise CalibrationError(
-            f"{name}: its calibrated inputs contain NaN or inf.",
-            fix="check the calibration data, and the model's dtype (float16 overflows).",
-        )
 
 
 def _products(candidate: Candidate) -> list[Site]:

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from fxcompress.artifact.content import TensorInfo
 from fxcompress.errors import ArtifactError, FxCompressError
-from fxcompress.forms import ActivationQuantizer, Component, Scale, SiteForm, Transform, WeightTerm, from_spec
+from fxcompress.forms import (
+    ActivationQuantizer,
+    Component,
+    EdgeQuantizer,
+    Scale,
+    SiteForm,
+    Transform,
+    WeightTerm,
+    from_spec,
+)
 
 _TYPES: Mapping[str, Callable[[Any], bool]] = {
     "int": lambda value: type(value) is int,
@@ -65,6 +74,9 @@ def check_form(name: str, form: SiteForm, info: TensorInfo) -> None:
         for transform in _components(name, field, transforms, Transform):
             if isinstance(transform, Scale):
                 _check_vector(name, field, transform.factor)
+    _components(name, "edges", form.edges, EdgeQuantizer)
+    for edge in form.edges:
+        _components(name, "edges", (edge.quantizer,), ActivationQuantizer)
     sizes = form.clusters
     _require(_TYPES["tuple[int, ...]"](sizes), name, f"clusters is {sizes!r}, expected a list of sizes")
     if form.bias is not None:
