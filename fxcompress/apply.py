@@ -10,6 +10,7 @@ were.
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ import torch
 from torch import fx
 
 import fxcompress.ops  # noqa: F401  (registers the operators)
+from fxcompress.analysis.edges import find_edges
+from fxcompress.analysis.op_arguments import replace_argument
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.sites import find_sites
 from fxcompress.capture.program import Program
@@ -37,6 +40,7 @@ from fxcompress.forms import (
     WeightTerm,
 )
 
+logger = logging.getLogger(__name__)
 ops = torch.ops.fxcompress
 aten = torch.ops.aten
 
@@ -84,6 +88,7 @@ def apply_state(
     rewriter = _Rewriter(applied, state, node_map)
     for site in find_sites(program) if sites is None else sites:
         rewriter.rewrite(site)
+    rewriter.edges(program)
     rewriter.finish(program)
     _annotate(graph)
     graph.lint()
@@ -146,6 +151,31 @@ class _Rewriter:
             self._bias(site)
         if form.transform_out:
             raise BackendError(f"{site.name}: output transforms are not representable in this version.")
+
+    def edges(self, program: Program) -> None:
+        """Quantize the values on activation edges; their ops are no weight sites and still stand."""
+        wanted = {
+            held.signature: (name, index, held)
+            for name, form in self.state.forms.items()
+            if any(name == known for known in program.weight_of.values())
+            for index, held in enumerate(form.edges)
+        }
+        if not wanted:
+            return
+        for edge in find_edges(program):
+            if edge.reason or edge.signature not in wanted:
+                continue
+            name, index, held = wanted.pop(edge.signature)
+            node = self.node_map[edge.node]
+
+            def quantized(x: fx.Node, name: str = name, index: int = index, held: Any = held) -> Any:
+                before, value = self.node_map[edge.node], edge.value  # noqa: B023  (called at once)
+                emit = _GraphEmit(self, name, f"edges.{index}.quantizer", held.quantizer, before, x)
+                return held.quantizer.emit(x, _value_dtype(value), emit)
+
+            node.args, node.kwargs = replace_argument(node, node.args, node.kwargs, edge.argument, quantized)
+        for name, _, held in wanted.values():
+            logger.warning("%s: this graph has no %s to quantize (%s)", name, held.argument, held.signature)
 
     def finish(self, program: Program) -> None:
         """Give remaining uses of a compressed parameter its dequantized value; drop unread weights."""

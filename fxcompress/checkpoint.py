@@ -25,7 +25,16 @@ from torch import Tensor
 import fxcompress
 from fxcompress.calibration.inputs import CalibrationData, tensor_digest
 from fxcompress.capture.program import Program
-from fxcompress.edits import Edit, FuseSites, Refuse, SetActivation, SetTensor, SetTransform, SetWeight
+from fxcompress.edits import (
+    Edit,
+    FuseSites,
+    Refuse,
+    SetActivation,
+    SetEdge,
+    SetTensor,
+    SetTransform,
+    SetWeight,
+)
 from fxcompress.errors import ArtifactError, RecipeError
 from fxcompress.forms import Component, from_spec
 from fxcompress.pass_base import Pass
@@ -35,7 +44,8 @@ __all__ = ["CheckpointStore", "canonical", "run_key", "step_key"]
 
 _FORMAT = 1
 _EDITS: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (SetTensor, SetWeight, SetActivation, SetTransform, FuseSites, Refuse)
+    cls.__name__: cls
+    for cls in (SetTensor, SetWeight, SetActivation, SetTransform, SetEdge, FuseSites, Refuse)
 }
 _log = logging.getLogger(__name__)
 

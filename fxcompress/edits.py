@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import RecipeError, WeightError
-from fxcompress.forms import ActivationQuantizer, SiteForm, Transform, WeightTerm
+from fxcompress.forms import ActivationQuantizer, EdgeQuantizer, SiteForm, Transform, WeightTerm
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,18 @@ class SetTransform:
 
 
 @dataclass(frozen=True, eq=False)
+class SetEdge:
+    """Quantize the value on an activation edge; ``name`` is the edge's anchor.
+
+    See :mod:`fxcompress.analysis.edges`.
+    """
+
+    name: str
+    edge: EdgeQuantizer
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class FuseSites:
     """Compute the sites ``names`` (same input) as one product at run time; ``name`` is the first of them."""
 
@@ -87,7 +99,7 @@ class Refuse:
     reason: str
 
 
-Edit: TypeAlias = SetTensor | SetWeight | SetActivation | SetTransform | FuseSites | Refuse
+Edit: TypeAlias = SetTensor | SetWeight | SetActivation | SetTransform | SetEdge | FuseSites | Refuse
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,9 @@ class CompressionState:
                 bias=old.bias if edit.bias is None else edit.bias,
                 clusters=edit.clusters or old.clusters,
             )
+        elif isinstance(edit, SetEdge):
+            old = self.form(edit.name)
+            self.forms[edit.name] = dataclasses.replace(old, edges=(*old.edges, edit.edge))
         elif isinstance(edit, FuseSites):
             self.fused.append(edit.names)
         entry = Provenance(pass_name, type(edit).__name__, edit.reason, error)
@@ -203,6 +218,12 @@ def _check(state: CompressionState, edit: Edit) -> None:
             )
         if not bool(torch.isfinite(edit.value).all()):
             raise WeightError(f"{edit.name}: the replacement contains NaN or inf.")
+    elif isinstance(edit, SetEdge):
+        if any(edge.signature == edit.edge.signature for edge in state.form(edit.name).edges):
+            raise RecipeError(
+                f"{edit.name}: {edit.edge.argument!r} of this edge is quantized already.",
+                fix="quantize each edge once.",
+            )
     elif isinstance(edit, SetWeight):
         shape = state.weight(edit.name).shape
         for term in edit.terms:

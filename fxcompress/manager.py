@@ -18,7 +18,16 @@ from fxcompress.calibration.inputs import CalibrationData, as_calibration
 from fxcompress.calibration.walk import Plan, Walk
 from fxcompress.capture.program import Program
 from fxcompress.checkpoint import CheckpointStore, canonical, run_key, step_key
-from fxcompress.edits import CompressionState, Edit, FuseSites, Refuse, SetActivation, SetTransform, SetWeight
+from fxcompress.edits import (
+    CompressionState,
+    Edit,
+    FuseSites,
+    Refuse,
+    SetActivation,
+    SetEdge,
+    SetTransform,
+    SetWeight,
+)
 from fxcompress.errors import CalibrationError, CoverageError, FxCompressError, RecipeError, WeightError
 from fxcompress.forms import Component
 from fxcompress.pass_base import Pass
@@ -246,6 +255,9 @@ class _Run:
                 raise RecipeError(
                     f"{edit.name}: {type(edit).__name__} on a weight that multiplies no activation."
                 )
+        elif isinstance(edit, SetEdge):
+            if not any(e.signature == edit.edge.signature and not e.reason for e in self.plan.edges):
+                raise RecipeError(f"{edit.name}: SetEdge on an edge that the graph does not have.")
         elif isinstance(edit, SetWeight) and not edit.terms:
             raise RecipeError(
                 f"{edit.name}: SetWeight without terms.", fix="yield Refuse to leave a weight alone."
@@ -304,11 +316,13 @@ def _floats(edit: Edit) -> Iterator[tuple[str, Tensor]]:
         parts = list(edit.terms)
     elif isinstance(edit, SetActivation):
         parts = [edit.activation]
+    elif isinstance(edit, SetEdge):
+        parts = [edit.edge]
     elif isinstance(edit, SetTransform):
         parts = [*edit.transform_in, *edit.transform_out]
         if edit.bias is not None:
             yield "bias", edit.bias
     for part in parts:
         for key, tensor in part.tensors().items():
-            if tensor.is_floating_point():
-                yield key, tensor
+            if tensor.is_floating_point():  # there is no isfinite for 8-bit floating point
+                yield key, tensor.float() if tensor.element_size() == 1 else tensor

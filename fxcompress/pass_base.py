@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from fxcompress.analysis.edges import Edge
 from fxcompress.analysis.site_types import Site
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState, Edit
@@ -82,6 +83,15 @@ class BlockContext(Protocol):
 
     def batches(self, site: Site) -> Iterator[Tensor]:
         """The input tensors of one site (after its input transforms), one per calibration batch."""
+        ...
+
+    @property
+    def edges(self) -> Sequence[Edge]:
+        """Activation edges in this block: values read by products of activations, attention and sums."""
+        ...
+
+    def edge_statistics(self, edges: Sequence[Edge]) -> dict[Edge, Statistics]:
+        """Statistics of the values on ``edges`` (all dimensions but the last are tokens)."""
         ...
 
     def function(self) -> BlockFunction:

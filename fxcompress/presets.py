@@ -104,6 +104,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "qdq-int8": {
+        "summary": "quantize/dequantize pairs at weights, inputs, attention and sums, static; needs data",
+        "passes": [{"insert-quant-dequant": {"activations": "tensor"}}],
+    },
     "fp8": {
         "summary": "8-bit floating-point weights per channel and activations per token; needs no data",
         "passes": [

@@ -44,6 +44,7 @@ BUILTIN_PASSES: dict[str, str] = {
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",
     "split-outlier-features": "fxcompress.passes.split_outlier_features:SplitOutlierFeatures",
     "layer-distill": "fxcompress.passes.layer_distill:LayerDistill",
+    "insert-quant-dequant": "fxcompress.passes.insert_quant_dequant:InsertQuantDequant",
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
 }
 BUILTIN_BACKENDS: dict[str, str] = {

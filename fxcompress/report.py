@@ -231,6 +231,7 @@ def describe_form(form: SiteForm) -> str:
     parts = [term.describe() for term in form.terms]
     if form.activation is not None:
         parts.append(form.activation.describe())
+    parts += [edge.describe() for edge in form.edges]
     parts += [f"{transform.describe()} in" for transform in form.transform_in]
     parts += [f"{transform.describe()} out" for transform in form.transform_out]
     return " + ".join(parts)

@@ -11,6 +11,7 @@ from fxcompress.passes.awq import Awq
 from fxcompress.passes.clip_weights import ClipWeights
 from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
+from fxcompress.passes.insert_quant_dequant import InsertQuantDequant
 from fxcompress.passes.layer_distill import LayerDistill
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_weights import QuantizeWeights
@@ -24,6 +25,7 @@ __all__ = [
     "ClipWeights",
     "FuseSiblings",
     "Gptq",
+    "InsertQuantDequant",
     "LayerDistill",
     "QuantizeActivations",
     "QuantizeWeights",

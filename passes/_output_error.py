@@ -26,7 +26,7 @@ from fxcompress.formats.integer import decode, encode, find_parameters
 from fxcompress.forms import ActivationQuantizer, DynamicPerToken
 from fxcompress.ops.activation import apply_quantizer
 from fxcompress.pass_base import BlockContext, Statistics
-from fxcompress.passes._activation_ranges import static_quantizer
+from fxcompress.passes._grids import static_quantizer
 from fxcompress.passes._input_rows import Rows, site_rows
 from fxcompress.passes._selection import fitting_format
 

@@ -23,11 +23,7 @@ from fxcompress.edits import Edit, Refuse, SetActivation
 from fxcompress.errors import RecipeError
 from fxcompress.forms import ActivationQuantizer, DynamicPerToken, FloatPerToken
 from fxcompress.pass_base import BlockContext
-from fxcompress.passes._activation_ranges import (
-    cluster_quantizer,
-    static_float_quantizer,
-    static_quantizer,
-)
+from fxcompress.passes._grids import cluster_quantizer, static_float_quantizer, static_quantizer
 from fxcompress.passes._input_rows import unsupported
 from fxcompress.passes._output_error import input_error, sample_rows
 from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates, float_kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,19 @@ def arguments(node: fx.Node) -> dict[str, Any]:
         else:
             values[argument.name] = argument.default_value if argument.has_default_value() else None
     return values
+
+
+def replace_argument(
+    node: fx.Node, args: Any, kwargs: Any, name: str, function: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` of a call like ``node``'s with ``function`` applied to the argument ``name``."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        raise TypeError(f"{node.name} calls {target}, which has no schema")
+    if name in kwargs:
+        return tuple(args), {**kwargs, name: function(kwargs[name])}
+    place = [argument.name for argument in target._schema.arguments].index(name)
+    return (*args[:place], function(args[place]), *args[place + 1 :]), dict(kwargs)
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from fxcompress.errors import ArtifactError, FxCompressError
 from fxcompress.forms import (
     ActivationQuantizer,
     Component,
+    EdgeQuantizer,
     Scale,
     Shift,
     SiteForm,
@@ -76,6 +77,9 @@ def check_form(name: str, form: SiteForm, info: TensorInfo) -> None:
                 _check_vector(name, field, transform.factor)
             elif isinstance(transform, Shift):
                 _check_vector(name, field, transform.offset)
+    _components(name, "edges", form.edges, EdgeQuantizer)
+    for edge in form.edges:
+        _components(name, "edges", (edge.quantizer,), ActivationQuantizer)
     sizes = form.clusters
     _require(_TYPES["tuple[int, ...]"](sizes), name, f"clusters is {sizes!r}, expected a list of sizes")
     if form.bias is not None:

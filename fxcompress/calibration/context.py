@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fxcompress.analysis.edges import Edge
 from fxcompress.analysis.site_types import Site
 from fxcompress.calibration.function import ProgramBlock
 from fxcompress.calibration.statistics import ActivationStatistics, as_tokens
@@ -154,6 +155,25 @@ class Context:
         walk, runner = self._ready()
         for values in walk.collect(runner, list(first)):
             yield {node.name: apply_transforms(values[node], transforms[node]) for node in first}
+
+    @property
+    def edges(self) -> Sequence[Edge]:
+        """The activation edges whose op lies in this block."""
+        return [edge for edge in self._plan.edges if self._plan.block_of.get(edge.node) == self.index]
+
+    def edge_statistics(self, edges: Sequence[Edge]) -> dict[Edge, Statistics]:
+        """Statistics of the values on ``edges``, all dimensions but the last being tokens.
+
+        Raises:
+            CalibrationError: no data, or NaN/inf in a value.
+        """
+        found = {edge: ActivationStatistics(f"{edge.anchor} ({edge.argument})") for edge in edges}
+        walk, runner = self._ready()
+        for values in walk.collect(runner, [edge.value for edge in edges]):
+            for edge, statistics in found.items():
+                x = values[edge.value]
+                statistics.update(x.reshape(-1, x.shape[-1]))
+        return {edge: cast(Statistics, statistics) for edge, statistics in found.items()}
 
     def function(self) -> ProgramBlock:
         """The block as a differentiable function.

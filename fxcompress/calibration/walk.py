@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxcompress.analysis.blocks import Block, find_blocks
+from fxcompress.analysis.op_arguments import replace_argument
 from fxcompress.analysis.site_types import Site, SiteKind
-from fxcompress.analysis.sites import find_sites
-from fxcompress.capture.program import Program
+from fxcompress.calibration.plan import Plan
 from fxcompress.edits import CompressionState
 from fxcompress.errors import CalibrationError
 from fxcompress.forms import ActivationQuantizer, SiteForm
@@ -22,52 +22,6 @@ from fxcompress.ops.straight_through import straight_through
 __all__ = ["BlockRunner", "Plan", "Values", "Walk"]
 
 Values = dict[fx.Node, Any]
-
-
-class Plan:
-    """What is known about a program before anything runs: its blocks, its sites, which values must be kept.
-
-    Args:
-        program: The captured program.
-
-    Attributes:
-        blocks: Consecutive segments of the graph.
-        sites: Every weight site in graph order.
-        block_sites: The sites whose op lies in each block.
-        keep: Per block, the values that later blocks or the graph output read; what flows between blocks.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.blocks: list[Block] = find_blocks(program.graph)
-        self.sites: list[Site] = find_sites(program)
-        self.sites_at: dict[fx.Node, list[Site]] = {}
-        for site in self.sites:
-            self.sites_at.setdefault(site.node, []).append(site)
-        self.block_of = {node: block.index for block in self.blocks for node in block.nodes}
-        self.block_sites: list[list[Site]] = [[] for _ in self.blocks]
-        for site in self.sites:
-            if site.node in self.block_of:
-                self.block_sites[self.block_of[site.node]].append(site)
-        self.output = next(node for node in program.graph.nodes if node.op == "output")
-        self.inputs = {
-            node.name: node for node in program.placeholders() if node.name not in program.weight_of
-        }
-        self.keep = self._keep()
-
-    def _keep(self) -> list[frozenset[fx.Node]]:
-        needed = {node for node in self.output.all_input_nodes if node in self.block_of}
-        keep: list[frozenset[fx.Node]] = []
-        for block in reversed(self.blocks):
-            keep.append(frozenset(needed))
-            needed |= {node for node in block.inputs if node in self.block_of}
-        return [
-            frozenset(n for n in nodes if self.block_of[n] <= i) for i, nodes in enumerate(reversed(keep))
-        ]
-
-    def uses(self, name: str) -> list[Site]:
-        """All sites of one parameter."""
-        return [site for site in self.sites if site.name == name]
 
 
 class BlockRunner:
@@ -222,7 +176,20 @@ class BlockRunner:
             if form is not None and site.kind is SiteKind.EMBEDDING and form.transform_in:
                 rows = self._call(node, args, kwargs)
                 return self._cast(apply_transforms(rows, form.transform_in))
+        args, kwargs = self._quantized_edges(node, args, kwargs)
         return self._cast(self._call(node, args, kwargs))
+
+    def _quantized_edges(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        for edge in self.plan.edges_at.get(node, ()) if self._has_edges else ():
+            for held in self.state.form(edge.anchor).edges:
+                if held.signature == edge.signature:
+                    apply = functools.partial(self._quantized, quantizer=held.quantizer)
+                    args, kwargs = replace_argument(node, args, kwargs, edge.argument, apply)
+        return args, kwargs
+
+    @property
+    def _has_edges(self) -> bool:
+        return any(form.edges for form in self.state.forms.values())
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_function":

@@ -2,6 +2,7 @@
 
 from fxcompress.forms.activation import (
     ActivationQuantizer,
+    DynamicPerGroup,
     DynamicPerToken,
     FloatPerTensor,
     FloatPerToken,
@@ -12,14 +13,16 @@ from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
 from fxcompress.forms.outliers import FixedOutliers, OutlierColumns, OutlierSplit, SplitQuantizer
-from fxcompress.forms.site_form import Permute, Scale, Shift, SiteForm, Transform
+from fxcompress.forms.site_form import EdgeQuantizer, Permute, Scale, Shift, SiteForm, Transform
 from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
 
 __all__ = [
     "ActivationQuantizer",
     "Component",
+    "DynamicPerGroup",
     "DynamicPerToken",
     "Eager",
+    "EdgeQuantizer",
     "Emit",
     "FixedOutliers",
     "FloatPerTensor",

@@ -54,6 +54,36 @@ class DynamicPerToken(ActivationQuantizer):
         return f"int{self.bits} activations per token"
 
 
+@component("dynamic-per-group")
+@dataclass(frozen=True, eq=False)
+class DynamicPerGroup(ActivationQuantizer):
+    """Symmetric, one scale per token and group of neighbouring channels, computed at run time.
+
+    Args:
+        bits: Code width, 2…8.
+        group_size: Channels that share a scale; the last group of a token may be smaller.
+    """
+
+    bits: int = 8
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise FormatError(f"DynamicPerGroup: bits={self.bits}, expected 2…8.")
+        if self.group_size < 1:
+            raise FormatError(f"DynamicPerGroup: group_size={self.group_size}, expected at least 1.")
+
+    def emit(self, x: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """Scales found from ``x`` itself."""
+        ops = torch.ops.fxcompress
+        q, scale = emit.call(ops.quantize_per_group.default, x, self.bits, self.group_size)
+        return emit.call(ops.dequantize_per_group.default, q, scale, self.group_size, dtype)
+
+    def describe(self) -> str:
+        """E.g. ``"int8 activations per token g64"``."""
+        return f"int{self.bits} activations per token g{self.group_size}"
+
+
 @component("static-per-tensor")
 @dataclass(frozen=True, eq=False)
 class StaticPerTensor(ActivationQuantizer):

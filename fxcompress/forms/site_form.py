@@ -76,6 +76,26 @@ class Shift(Transform):
         return emit.call(torch.ops.aten.add.Tensor, x, _as(emit, "offset", self.offset, dtype))
 
 
+@component("edge-quantizer")
+@dataclass(frozen=True, eq=False)
+class EdgeQuantizer(Component):
+    """Quantize one argument of an op that is no weight site, see :mod:`fxcompress.analysis.edges`.
+
+    Args:
+        argument: Name of the argument.
+        signature: The edge's name, the same in every graph of the model.
+        quantizer: How.
+    """
+
+    argument: str
+    signature: str
+    quantizer: ActivationQuantizer
+
+    def describe(self) -> str:
+        """E.g. ``"query: int8 activations per token"``."""
+        return f"{self.argument}: {self.quantizer.describe()}"
+
+
 @component("site-form")
 @dataclass(frozen=True, eq=False)
 class SiteForm(Component):
@@ -91,6 +111,8 @@ class SiteForm(Component):
         bias: Replacement bias ``[N]``, or None to keep the model's own.
         clusters: Sizes of clusters of neighbouring input channels (after ``transform_in``) with similar
             ranges, which an activation quantizer may use. Empty: not clustered.
+        edges: Quantizers of values computed from this weight last, where ops other than weight sites read
+            them.
     """
 
     terms: tuple[WeightTerm, ...] = ()
@@ -99,6 +121,7 @@ class SiteForm(Component):
     transform_out: tuple[Transform, ...] = ()
     bias: Tensor | None = None
     clusters: tuple[int, ...] = ()
+    edges: tuple[EdgeQuantizer, ...] = ()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Sum of the terms in the parameter's shape.

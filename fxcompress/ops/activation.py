@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.forms import ActivationQuantizer, Eager, Transform
@@ -53,6 +54,24 @@ def _dequantize_activation(q: Tensor, scale: Tensor, zero: Tensor | None, dtype:
     if zero is not None:
         value = value - zero.to(compute)
     return (value * scale.to(compute)).to(dtype)
+
+
+@composite("quantize_per_group(Tensor x, int bits, int group_size) -> (Tensor q, Tensor scale)")
+def _quantize_per_group(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_per_token` of every group of channels; ``scale`` is ``[..., ⌈K / group_size⌉]``."""
+    width = x.shape[-1]
+    groups = -(-width // group_size)
+    wide = F.pad(x, (0, groups * group_size - width)).unflatten(-1, (groups, group_size))
+    q, scale = torch.ops.fxcompress.quantize_per_token.default(wide, bits)
+    return q.flatten(-2)[..., :width], scale.squeeze(-1)
+
+
+@composite("dequantize_per_group(Tensor q, Tensor scale, int group_size, ScalarType dtype) -> Tensor")
+def _dequantize_per_group(q: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """``scale · q`` in ``dtype``, by group."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = scale.repeat_interleave(group_size, dim=-1)[..., : q.shape[-1]]
+    return (q.to(compute) * wide.to(compute)).to(dtype)
 
 
 def _cluster_of(ends: Tensor, width: int) -> Tensor:

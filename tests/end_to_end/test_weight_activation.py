@@ -26,6 +26,7 @@ LANGUAGE = {
     "w4a8-reorder": 0.2,
     "w8a8-zeroquant": 0.05,
     "w4a8-zeroquant": 0.2,
+    "qdq-int8": 0.2,
 }
 ENCODER = {
     "fp8": 0.995,
@@ -35,6 +36,7 @@ ENCODER = {
     "w4a8-reorder": 0.97,
     "w8a8-zeroquant": 0.99,
     "w4a8-zeroquant": 0.95,
+    "qdq-int8": 0.97,
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxcompress.analysis.edges import Edge, find_edges
 from fxcompress.analysis.sites import Site, find_sites
 from fxcompress.calibration.statistics import ActivationStatistics, as_tokens
 from fxcompress.capture.export import capture_model
@@ -80,6 +81,20 @@ class OneBlock:
         assert site.input is not None
         for inputs in self.inputs([site]):
             yield inputs[site.input.name]
+
+    @property
+    def edges(self) -> list[Edge]:
+        return find_edges(self.program)
+
+    def edge_statistics(self, edges: Sequence[Edge]) -> dict[Edge, Statistics]:
+        found: dict[Edge, Statistics] = {}
+        for edge in edges:
+            statistics = ActivationStatistics(edge.anchor)
+            for inputs in self.inputs:
+                x = self.values(inputs, [edge.value])[edge.value.name]
+                statistics.update(x.reshape(-1, x.shape[-1]))
+            found[edge] = statistics
+        return found
 
     def function(self) -> BlockFunction:
         raise NotImplementedError("run passes that optimise a block through run_recipe")

@@ -14,7 +14,7 @@ from fxcompress.errors import CalibrationError, RecipeError
 from fxcompress.forms import DynamicPerToken, FloatPerTensor, FloatPerToken, StaticPerTensor
 from fxcompress.ops.activation import apply_quantizer
 from fxcompress.passes import QuantizeActivations
-from fxcompress.passes._activation_ranges import static_float_quantizer, static_quantizer
+from fxcompress.passes._grids import static_float_quantizer, static_quantizer
 from tests.passes.models import Attention, Autoencoder, Convolutions, Language, Products
 from tests.passes.one_block import OneBlock, block_of, refusals
 

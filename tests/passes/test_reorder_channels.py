@@ -16,7 +16,7 @@ from fxcompress.manager import run_recipe
 from fxcompress.ops import apply_quantizer
 from fxcompress.passes import QuantizeActivations, QuantizeWeights, ReorderChannels, SmoothActivations
 from fxcompress.passes._clusters import cluster
-from fxcompress.passes.quantize_activations import cluster_quantizer, static_quantizer
+from fxcompress.passes._grids import cluster_quantizer, static_quantizer
 from fxcompress.recipe import Recipe
 from tests.passes.models import Attention, Convolutions, Language
 from tests.passes.one_block import OneBlock, block_of, refusals

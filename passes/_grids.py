@@ -1,4 +1,4 @@
-"""Static quantizers of calibrated ranges of activations."""
+"""Static activation quantizers from calibrated ranges."""
 
 from __future__ import annotations
 
