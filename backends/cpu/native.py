@@ -48,7 +48,6 @@ _LIBRARY.define(
 )
 
 
-@torch.library.register_fake("fxcompress_cpu::linear", lib=_LIBRARY)
 def _fake_linear(
     x: Tensor,
     weight: Tensor,
@@ -67,7 +66,6 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], rows), dtype=dtype)
 
 
-@torch.library.register_fake("fxcompress_cpu::embedding", lib=_LIBRARY)
 def _fake_embedding(
     indices: Tensor,
     weight: Tensor,
@@ -82,7 +80,6 @@ def _fake_embedding(
     return weight.new_empty((*indices.shape, columns), dtype=dtype)
 
 
-@torch.library.register_fake("fxcompress_cpu::dense", lib=_LIBRARY)
 def _fake_dense(
     weight: Tensor,
     scale: Tensor,
@@ -93,6 +90,10 @@ def _fake_dense(
     dtype: torch.dtype,
 ) -> Tensor:
     return weight.new_empty((columns, scale.shape[0] * scale.shape[2]), dtype=dtype)
+
+
+for _name, _fake in (("linear", _fake_linear), ("embedding", _fake_embedding), ("dense", _fake_dense)):
+    torch.library.register_fake(f"fxcompress_cpu::{_name}", _fake, lib=_LIBRARY)
 
 
 class Arguments(ctypes.Structure):

@@ -74,7 +74,8 @@ class TiledLayout(Layout):
     def _per_block(self, values: Tensor) -> Tensor:
         """``[N, G]`` to ``[B, G, block]``."""
         padded = F.pad(values, (0, 0, 0, -values.shape[0] % self.isa.block))
-        return padded.unflatten(0, (-1, self.isa.block)).transpose(1, 2).contiguous()
+        blocks: Tensor = padded.unflatten(0, (-1, self.isa.block))
+        return blocks.transpose(1, 2).contiguous()
 
 
 @functools.cache
