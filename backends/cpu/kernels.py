@@ -1,96 +1,31 @@
-"""Linear kernels: what each accepts, how its weights lie, and the ATen it runs.
+"""Linear kernels made of what torch brings: what each accepts, how its weights lie, and the ATen it runs.
 
 A kernel is a plain function of tensors, inlined into the graph when a block is traced, so that Inductor fuses
 what surrounds the matrix product. Layouts are shared between kernels: a prefill graph and a decode graph of
-the same model hold one copy of the packed weights.
+the same model hold one copy of the packed weights. Which of these a machine should run is decided in
+``selection.py``.
 """
 
 from __future__ import annotations
 
-import abc
 import functools
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.layouts import (
     INT4_BLOCKED,
     INT4_GROUPS,
     INT8_ROWS,
-    Layout,
     int4_layout_is_known,
     unpack_int4_blocked,
 )
 
-# From this many rows on, the weight is unpacked to bfloat16 and multiplied with oneDNN: the time of ATen's
-# weight-only kernels grows linearly with the rows. The exact threshold is a choice, not yet a measurement.
-MANY_ROWS = 16
-
 # aten::_weight_int8pack_mm (torch 2.13) reads past the end of rows of any other length: wrong results or a
 # crash.
 _INT8_PACK_STEP = 16
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """What a kernel needs to know of a linear use.
-
-    Args:
-        bits, symmetric, group_size: Of the weight; ``group_size`` as in QuantizedWeight.
-        rows: N, of all siblings together.
-        columns: K.
-        activation: ``"dynamic"``, ``"static"`` or None.
-        tokens: Number of activation rows when known while compiling, else None (then taken to be many).
-        dtype: Of the activations.
-    """
-
-    bits: int
-    symmetric: bool
-    group_size: int
-    rows: int
-    columns: int
-    activation: str | None
-    tokens: int | None
-    dtype: torch.dtype
-
-    @property
-    def many_rows(self) -> bool:
-        """Whether a prefill kernel fits better than a decode kernel."""
-        return self.tokens is None or self.tokens >= MANY_ROWS
-
-    @property
-    def per_row(self) -> bool:
-        """Whether every row has one scale."""
-        return self.group_size <= 0
-
-
-@dataclass(frozen=True)
-class QuantizedInput:
-    """An activation as the graph quantized it: ``x ≈ scale · (codes − zero)``."""
-
-    codes: Tensor  # int8 [..., K]
-    scale: Tensor  # [..., 1] or 0-d
-    zero: Tensor | None  # 0-d
-
-
-class Kernel(abc.ABC):
-    """One way to compute a linear use."""
-
-    name: ClassVar[str]
-    layout: ClassVar[Layout]
-
-    @abc.abstractmethod
-    def refuses(self, spec: LinearSpec) -> str | None:
-        """Why the kernel cannot serve ``spec``, or None when it can."""
-
-    @abc.abstractmethod
-    def run(
-        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
-    ) -> Tensor:
-        """``[..., rows]`` without bias, in ``spec.dtype``; ``x: [..., K]`` is the (fake-quantized) input."""
 
 
 class Int8Int8(Kernel):
@@ -105,10 +40,10 @@ class Int8Int8(Kernel):
             return "activations are not quantized"
         return None if spec.per_row else "the weight has several scales per row"
 
-    def run(
+    def product(
         self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
     ) -> Tensor:
-        """See :meth:`Kernel.run`."""
+        """See :meth:`Kernel.product`."""
         assert quantized is not None
         codes = quantized.codes.reshape(-1, spec.columns)
         single = spec.tokens == 1
@@ -143,10 +78,10 @@ class Int8WeightOnly(Kernel):
             return f"{spec.columns} inputs are no multiple of {_INT8_PACK_STEP}"
         return "more tokens than the decode kernel is good for" if spec.many_rows else None
 
-    def run(
+    def product(
         self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
     ) -> Tensor:
-        """See :meth:`Kernel.run`."""
+        """See :meth:`Kernel.product`."""
         flat = x.reshape(-1, spec.columns)
         # Scales are applied outside in float32: the kernel would round them to bfloat16.
         product = torch.ops.aten._weight_int8pack_mm(
@@ -165,20 +100,27 @@ class Int8Unpacked(Kernel):
         """See :meth:`Kernel.refuses`."""
         return None if spec.per_row else "the weight has several scales per row"
 
-    def run(
+    def product(
         self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
     ) -> Tensor:
-        """See :meth:`Kernel.run`."""
+        """See :meth:`Kernel.product`."""
         flat = x.reshape(-1, spec.columns)
         product = F.linear(flat.to(torch.bfloat16), packed["values"].to(torch.bfloat16))
         return _scale_rows(product, flat, packed, spec).reshape(*x.shape[:-1], spec.rows)
 
 
 class Int4WeightOnly(Kernel):
-    """16/32-bit activations × 4-bit (or narrower) groups, few tokens: ATen's bfloat16 kernel."""
+    """16/32-bit activations × 4-bit (or narrower) groups, few tokens: ATen's bfloat16 kernel.
+
+    Args:
+        any_tokens: Serve many tokens too where :class:`Int4Unpacked` does not know the machine's layout.
+    """
 
     name = "ATen int4 weight-only"
     layout = INT4_BLOCKED
+
+    def __init__(self, *, any_tokens: bool = True) -> None:
+        self.any_tokens = any_tokens
 
     def refuses(self, spec: LinearSpec) -> str | None:
         """See :meth:`Kernel.refuses`."""
@@ -189,12 +131,12 @@ class Int4WeightOnly(Kernel):
         return "more tokens than the decode kernel is good for" if self._declines(spec) else None
 
     def _declines(self, spec: LinearSpec) -> bool:
-        return spec.many_rows and _int4_unpackable()
+        return spec.many_rows and not (self.any_tokens and not _int4_unpackable())
 
-    def run(
+    def product(
         self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
     ) -> Tensor:
-        """See :meth:`Kernel.run`."""
+        """See :meth:`Kernel.product`."""
         group, columns = _int4_geometry(spec)
         flat = F.pad(x.reshape(-1, spec.columns), (0, columns - spec.columns)).to(torch.bfloat16)
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -211,10 +153,10 @@ class Int4Unpacked(Int4WeightOnly):
     def _declines(self, spec: LinearSpec) -> bool:
         return not _int4_unpackable()
 
-    def run(
+    def product(
         self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
     ) -> Tensor:
-        """See :meth:`Kernel.run`."""
+        """See :meth:`Kernel.product`."""
         group, columns = _int4_geometry(spec)
         rows = packed["packed"].shape[0]
         codes = unpack_int4_blocked(packed["packed"], rows).view(rows, columns // group, group)
@@ -225,18 +167,13 @@ class Int4Unpacked(Int4WeightOnly):
         return F.linear(flat, weight.contiguous()).reshape(*x.shape[:-1], spec.rows).to(spec.dtype)
 
 
-KERNELS: tuple[Kernel, ...] = (Int8Int8(), Int4WeightOnly(), Int4Unpacked(), Int8WeightOnly(), Int8Unpacked())
-
-
-def choose_kernel(spec: LinearSpec) -> tuple[Kernel | None, str]:
-    """The first kernel that serves ``spec``, and why; None with the refusals when none does."""
-    refusals = []
-    for kernel in KERNELS:
-        reason = kernel.refuses(spec)
-        if reason is None:
-            return kernel, kernel.name
-        refusals.append(f"{kernel.name}: {reason}")
-    return None, "; ".join(refusals)
+ATEN_KERNELS: tuple[Kernel, ...] = (
+    Int8Int8(),
+    Int4WeightOnly(),
+    Int4Unpacked(),
+    Int8WeightOnly(),
+    Int8Unpacked(),
+)
 
 
 def _scale_rows(product: Tensor, flat: Tensor, packed: dict[str, Tensor], spec: LinearSpec) -> Tensor:

@@ -8,17 +8,19 @@ Sibling sites become one product whose result is split.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxcompress.backends.cpu import attention
-from fxcompress.backends.cpu.kernels import Kernel, LinearSpec, QuantizedInput, choose_kernel
-from fxcompress.backends.cpu.layouts import INT8_ROWS, Layout
+from fxcompress.backends.cpu.embeddings import EmbeddingKernel
+from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.layouts import Layout
+from fxcompress.backends.cpu.selection import choose_embedding, choose_kernel
 
 logger = logging.getLogger("fxcompress.backends")
 aten = torch.ops.aten
@@ -40,6 +42,14 @@ class PackedInput:
     tensor: str
 
 
+class EmbeddingPlan(NamedTuple):
+    """How one embedding is computed."""
+
+    kernel: EmbeddingKernel
+    spec: LinearSpec
+    position: int
+
+
 @dataclass
 class Plan:
     """How the linears of one block are computed.
@@ -50,7 +60,7 @@ class Plan:
         groups: First linear → all linears of the group.
         codes: Linear → position of its codes among the block inputs.
         specs: First linear → spec.
-        embeddings: Embedding node served from a row layout → position of its codes.
+        embeddings: Embedding node → its kernel, the table, and the position of its codes.
         choices: Text per linear, for explanations.
     """
 
@@ -59,7 +69,7 @@ class Plan:
     groups: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     codes: dict[fx.Node, int] = field(default_factory=dict)
     specs: dict[fx.Node, LinearSpec] = field(default_factory=dict)
-    embeddings: dict[fx.Node, int] = field(default_factory=dict)
+    embeddings: dict[fx.Node, EmbeddingPlan] = field(default_factory=dict)
     choices: dict[fx.Node, str] = field(default_factory=dict)
 
 
@@ -149,23 +159,38 @@ def _group_spec(group: Sequence[fx.Node]) -> LinearSpec | None:
         rows += int(weight.shape[weight.perm[0]])
         x = node.args[0]
         assert isinstance(x, fx.Node)
+        activation, activation_bits = _activation(x)
         spec = LinearSpec(
             bits=weight.bits,
             symmetric=weight.zero is None,
             group_size=weight.group_size,
             rows=rows,
             columns=int(weight.shape[weight.perm[1]]),
-            activation=_activation_mode(x),
+            activation=activation,
+            activation_bits=activation_bits,
             tokens=_tokens(node),
             dtype=weight.dtype,
         )
     return spec
 
 
-def _activation_mode(x: fx.Node) -> str | None:
+def _quantize_of(dequantize: fx.Node) -> fx.Node:
+    """The ``quantize_*`` node behind a ``dequantize_activation`` node."""
+    node = dequantize.args[0]
+    assert isinstance(node, fx.Node)
+    if node.target is operator.getitem:
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _activation(x: fx.Node) -> tuple[str | None, int]:
+    """How an input is quantized, and to how many bits."""
     if x.target is not ops.dequantize_activation.default:
-        return None
-    return "static" if x.args[2] is not None else "dynamic"
+        return None, 8
+    quantize = _quantize_of(x)
+    mode = {ops.quantize_per_token.default: "dynamic", ops.quantize_per_tensor.default: "static"}
+    return mode[quantize.target], int(cast("int", quantize.args[-1]))  # type: ignore[index]
 
 
 def _tokens(node: fx.Node) -> int | None:
@@ -184,9 +209,17 @@ def _plan_embeddings(plan: Plan, nodes: Sequence[fx.Node], position: Mapping[fx.
     for node in nodes:
         if node.target is not ops.quantized_embedding.default or node.args[1] not in position:
             continue
-        _, codes, _, _, bits, group_size, *_ = cast("tuple[Any, ...]", node.args)
-        if bits > 4 and group_size <= 0:
-            plan.embeddings[node] = position[codes]
+        _, codes, _, zero, bits, group_size, columns, dtype = cast("tuple[Any, ...]", node.args)
+        spec = LinearSpec(
+            bits, zero is None, group_size, _table_rows(codes), columns, None, _tokens(node), dtype
+        )
+        kernel = choose_embedding(spec)
+        if kernel is not None:
+            plan.embeddings[node] = EmbeddingPlan(kernel, spec, position[codes])
+
+
+def _table_rows(codes: fx.Node) -> int:
+    return int(codes.meta["val"].shape[1])
 
 
 class LoweringInterpreter(fx.Interpreter):
@@ -224,33 +257,32 @@ class LoweringInterpreter(fx.Interpreter):
         if first not in self.results:
             kernel, spec, group = self.plan.kernels[first], self.plan.specs[first], self.plan.groups[first]
             positions = tuple(self.plan.codes[member] for member in group)
-            packed = {
-                key.tensor: value
-                for key, value in self.packed.items()
-                if key.layout is kernel.layout and key.positions == positions
-            }
+            packed = self._packed(kernel.layout, positions)
             x_node = node.args[0]
             assert isinstance(x_node, fx.Node)
-            y = kernel.run(self._value(x_node), self._quantized(x_node), packed, spec)
+            bias = self._bias(node) if len(group) == 1 else None
+            y = kernel.run(self._value(x_node), self._quantized(x_node), packed, spec, bias)
             sizes = [_rows(member) for member in group]
             self.results[first] = tuple(y.split(sizes, dim=-1)) if len(sizes) > 1 else (y,)
         y = self.results[first][index]
+        bias = self._bias(node) if len(self.plan.groups[first]) > 1 else None
+        return y if bias is None else y + bias
+
+    def _bias(self, node: fx.Node) -> Tensor | None:
         bias = node.args[2] if len(node.args) > 2 else None
-        return y if bias is None else y + self._value(bias)  # type: ignore[arg-type]
+        return self._value(bias) if isinstance(bias, fx.Node) else None
 
     def _embedding(self, node: fx.Node) -> Tensor:
-        position = (self.plan.embeddings[node],)
-        packed = {
+        kernel, spec, position = self.plan.embeddings[node]
+        packed = self._packed(kernel.layout, (position,))
+        return kernel.run(self._value(cast("fx.Node", node.args[0])), packed, spec)
+
+    def _packed(self, layout: Layout, positions: tuple[int, ...]) -> dict[str, Tensor]:
+        return {
             key.tensor: value
             for key, value in self.packed.items()
-            if key.layout is INT8_ROWS and key.positions == position
+            if key.layout is layout and key.positions == positions
         }
-        indices_node, *_, dtype = cast("tuple[fx.Node, *tuple[Any, ...], torch.dtype]", node.args)
-        indices = self._value(indices_node)
-        rows = F.embedding(indices, packed["values"]).float() * packed["scale"][indices].unsqueeze(-1)
-        if "offset" in packed:
-            rows = rows + packed["offset"][indices].unsqueeze(-1)
-        return rows.to(dtype)
 
     def _quantized(self, x: fx.Node) -> QuantizedInput | None:
         if x.target is not ops.dequantize_activation.default:
@@ -258,7 +290,7 @@ class LoweringInterpreter(fx.Interpreter):
         codes, scale, zero = (None if a is None else self._value(a) for a in x.args[:3])  # type: ignore[arg-type]
         assert codes is not None
         assert scale is not None
-        return QuantizedInput(codes, scale, zero)
+        return QuantizedInput(codes, scale, zero, self._value(cast("fx.Node", _quantize_of(x).args[0])))
 
     def _value(self, node: fx.Node) -> Tensor:
         value = self.env[node]
@@ -277,5 +309,5 @@ def needed_layouts(plan: Plan) -> list[tuple[Layout, tuple[int, ...]]]:
         (kernel.layout, tuple(plan.codes[member] for member in plan.groups[first]))
         for first, kernel in plan.kernels.items()
     ]
-    needed += [(INT8_ROWS, (position,)) for position in plan.embeddings.values()]
+    needed += [(embedding.kernel.layout, (embedding.position,)) for embedding in plan.embeddings.values()]
     return list(dict.fromkeys(needed))

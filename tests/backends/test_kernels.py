@@ -1,14 +1,14 @@
-"""CPU kernels and layouts against the reference value of a form, over random shapes and formats."""
+"""Kernels made of ATen, and their layouts, against the reference value of a form over random shapes."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxcompress.backends.cpu.kernels import KERNELS, Kernel, LinearSpec, QuantizedInput, choose_kernel
+from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.kernels import ATEN_KERNELS, Int4Unpacked
 from fxcompress.backends.cpu.layouts import INT4_BLOCKED, INT8_ROWS, int4_layout_is_known, unpack_int4_blocked
 from fxcompress.formats.integer import IntFormat, quantize_to_term
 from fxcompress.forms import QuantizedWeight, WeightLayout
@@ -63,7 +63,7 @@ def test_int8_row_kernels(shape: tuple[int, int, int], bits: int, symmetric: boo
         weight(3, columns, IntFormat(bits, symmetric, 0), 1),
     ]
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(2))
-    for kernel in KERNELS:
+    for kernel in ATEN_KERNELS:
         spec = spec_of(terms, tokens, None)
         if kernel.layout is INT8_ROWS and kernel.refuses(spec) is None:
             assert relative(run(kernel, terms, x), reference(terms, x)) < 0.02  # bfloat16 activations
@@ -76,8 +76,9 @@ def test_int4_kernels(shape: tuple[int, int, int], bits: int, symmetric: bool, g
     fmt = IntFormat(bits, symmetric, group if group <= columns else 0)
     terms = [weight(rows, columns, fmt), weight(5, columns, fmt, 1)]
     x = torch.randn(2, tokens, columns, generator=torch.Generator().manual_seed(2))
-    for kernel in KERNELS:
-        if kernel.layout is INT4_BLOCKED:
+    for kernel in ATEN_KERNELS:
+        served = [kernel.refuses(spec_of(terms, number, None)) is None for number in (1, None)]
+        if kernel.layout is INT4_BLOCKED and any(served):
             assert relative(run(kernel, terms, x), reference(terms, x)) < 0.03
 
 
@@ -92,45 +93,20 @@ def test_integer_product_is_exact(
     if static:
         scale, zero = torch.tensor(0.03), torch.tensor(-7, dtype=torch.int32)
         codes = ops.quantize_per_tensor(x, scale, zero, 8)
-        quantized = QuantizedInput(codes, scale, zero)
+        quantized = QuantizedInput(codes, scale, zero, x)
         seen = ops.dequantize_activation(codes, scale, zero, torch.float32)
     else:
         codes, scale = ops.quantize_per_token(x, 8)
-        quantized = QuantizedInput(codes, scale, None)
+        quantized = QuantizedInput(codes, scale, None, x)
         seen = ops.dequantize_activation(codes, scale, None, torch.float32)
-    kernel = next(kernel for kernel in KERNELS if kernel.name == "oneDNN int8×int8")
+    kernel = next(kernel for kernel in ATEN_KERNELS if kernel.name == "oneDNN int8×int8")
     assert relative(run(kernel, terms, seen, quantized), reference(terms, seen)) < 1e-5
 
 
-def test_unpacking_inverts_the_machines_layout() -> None:
-    assert int4_layout_is_known()
+def test_unpacking_inverts_the_machines_layout_or_is_refused() -> None:
     codes = torch.randint(0, 16, (192, 96), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    assert torch.equal(unpack_int4_blocked(packed, 192).int(), codes)
-
-
-@pytest.mark.parametrize(
-    ("fmt", "activation", "tokens", "expected"),
-    [
-        (IntFormat(8, True, 0), "dynamic", 1, "oneDNN int8×int8"),
-        (IntFormat(8, True, 0), None, 1, "ATen int8 weight-only"),
-        (IntFormat(8, True, 0), None, 512, "int8 → bfloat16, oneDNN"),
-        (IntFormat(4, False, 64), None, 1, "ATen int4 weight-only"),
-        (IntFormat(4, False, 64), None, None, "int4 → bfloat16, oneDNN"),
-        (IntFormat(3, False, 128), None, 1, "ATen int4 weight-only"),
-    ],
-)
-def test_choice(fmt: IntFormat, activation: str | None, tokens: int | None, expected: str) -> None:
-    kernel, reason = choose_kernel(spec_of([weight(64, 256, fmt)], tokens, activation))
-    assert kernel is not None
-    assert kernel.name == reason == expected
-
-
-def test_refusals_give_every_reason() -> None:
-    kernel, reason = choose_kernel(spec_of([weight(64, 256, IntFormat(8, True, 48))], 1, None))
-    assert kernel is None
-    assert "several scales per row" in reason
-    assert "8-bit codes do not fit int4" in reason
-    kernel, reason = choose_kernel(spec_of([weight(64, 256, IntFormat(4, True, 48))], 1, None))
-    assert kernel is None
-    assert "group size 48" in reason
+    inverts = torch.equal(unpack_int4_blocked(packed, 192).int(), codes)
+    assert int4_layout_is_known() == inverts
+    spec = spec_of([weight(8, 64, IntFormat(4, False, 64))], None, None)
+    assert (Int4Unpacked().refuses(spec) is None) == inverts

@@ -1,0 +1,128 @@
+"""Kernels made by the generator: which forms they serve, and the operator calls that run them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxcompress.backends.cpu.generator import DTYPES, KernelForm
+from fxcompress.backends.cpu.isa import Isa
+from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.native import ensure_kernel
+from fxcompress.backends.cpu.tiled import TiledLayout, kernel_group, tiled_layout
+
+
+class GeneratedLinear(Kernel):
+    """A product straight from the tiles: few rows at memory speed, many rows from panels in cache.
+
+    Quantizes activations itself, once per row, so that codes never pass through memory.
+
+    Args:
+        isa: Instruction set to generate for.
+    """
+
+    def __init__(self, isa: Isa) -> None:
+        self.isa = isa
+        self.name = f"generated {isa.name}"
+        self.layout: TiledLayout = tiled_layout(isa)
+
+    def refuses(self, spec: LinearSpec) -> str | None:
+        """See :meth:`Kernel.refuses`. Compiles the kernel: only a kernel that exists is chosen."""
+        if spec.dtype not in DTYPES:
+            return f"activations are {spec.dtype}"
+        return ensure_kernel(linear_form(spec), self.isa)
+
+    def describe(self, spec: LinearSpec) -> str:
+        """See :meth:`Kernel.describe`."""
+        return f"{self.name} {linear_form(spec).title.removeprefix('linear-')}"
+
+    def product(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
+        """See :meth:`Kernel.product`."""
+        return self.run(x, quantized, packed, spec)
+
+    def run(
+        self,
+        x: Tensor,
+        quantized: QuantizedInput | None,
+        packed: dict[str, Tensor],
+        spec: LinearSpec,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`Kernel.run`."""
+        static = quantized is not None and spec.activation == "static"
+        y: Tensor = torch.ops.fxcompress_cpu.linear(
+            x if quantized is None else quantized.source,
+            packed["weight"],
+            packed["scale"],
+            packed.get("zero"),
+            packed["total"] if static else None,
+            None if bias is None else bias.to(torch.float32),
+            quantized.scale.to(torch.float32) if static and quantized is not None else None,
+            quantized.zero if static and quantized is not None else None,
+            linear_form(spec).number(self.isa),
+            spec.rows,
+            spec.columns,
+            kernel_group(spec.group_size, spec.columns),
+            spec.dtype,
+        )
+        return y
+
+
+class GeneratedDense(Kernel):
+    """Many rows on a machine with bfloat16 products: tiles dequantized to bfloat16, then oneDNN.
+
+    Args:
+        isa: Instruction set to generate for.
+    """
+
+    def __init__(self, isa: Isa) -> None:
+        self.isa = isa
+        self.name = f"generated {isa.name} → bfloat16, oneDNN"
+        self.layout: TiledLayout = tiled_layout(isa)
+
+    def refuses(self, spec: LinearSpec) -> str | None:
+        """See :meth:`Kernel.refuses`."""
+        if spec.activation is not None:
+            return "activations are quantized"
+        if not spec.many_rows:
+            return "fewer tokens than the bfloat16 product is good for"
+        return ensure_kernel(self._form(spec), self.isa)
+
+    def product(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
+        """See :meth:`Kernel.product`."""
+        weight = torch.ops.fxcompress_cpu.dense(
+            packed["weight"],
+            packed["scale"],
+            packed.get("zero"),
+            self._form(spec).number(self.isa),
+            spec.columns,
+            kernel_group(spec.group_size, spec.columns),
+            torch.bfloat16,
+        )
+        product = torch.mm(x.reshape(-1, spec.columns).to(torch.bfloat16), weight)[:, : spec.rows]
+        return product.reshape(*x.shape[:-1], spec.rows).to(spec.dtype)
+
+    @staticmethod
+    def _form(spec: LinearSpec) -> KernelForm:
+        return KernelForm(
+            *("dense", spec.bits, not spec.symmetric, spec.group_size > 0, None, 0, "bfloat16", "bfloat16")
+        )
+
+
+def linear_form(spec: LinearSpec) -> KernelForm:
+    """The kernel form of a linear use; activations and result have the dtype of ``spec``."""
+    dtype = DTYPES[spec.dtype]
+    return KernelForm(
+        kind="linear",
+        bits=spec.bits,
+        has_zero=not spec.symmetric,
+        grouped=spec.group_size > 0,
+        activation=spec.activation,
+        activation_bits=spec.activation_bits if spec.activation else 0,
+        input=dtype,
+        output=dtype,
+    )

@@ -1,0 +1,162 @@
+"""From a form to the C++ source of its kernel."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxcompress.backends.cpu.isa import Isa
+from fxcompress.errors import BackendError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+ABI_VERSION = 1
+"""Raised whenever ``templates/arguments.j2`` or the meaning of the packed tensors changes."""
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+_KINDS = ("linear", "embedding", "dense")
+_ACTIVATIONS = (None, "dynamic", "static")
+_SUM_LIMIT = 32767  # of a signed 16-bit sum
+_NO_FLUSH = 1 << 20
+
+
+@dataclass(frozen=True)
+class KernelForm:
+    """Everything a kernel's source depends on besides the instruction set; shapes are arguments.
+
+    Args:
+        kind: ``"linear"``, ``"embedding"`` (rows by index) or ``"dense"`` (dequantized, transposed).
+        bits: Width of a weight code, 2…8.
+        has_zero: Whether zero-points are stored; else they are ``2**(bits-1)``.
+        grouped: bfloat16 scale per group; else float32 scale per row.
+        activation: None (float activations), ``"dynamic"`` (per token) or ``"static"`` (per tensor).
+        activation_bits: Width of an activation code, 2…8; 0 without activation quantization.
+        input: Dtype of the activations: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        output: Dtype of the result.
+
+    Raises:
+        BackendError: a field is out of range.
+    """
+
+    kind: str
+    bits: int
+    has_zero: bool
+    grouped: bool
+    activation: str | None
+    activation_bits: int
+    input: str
+    output: str
+
+    def __post_init__(self) -> None:
+        problems = [
+            (self.kind in _KINDS, f"kind={self.kind!r}"),
+            (2 <= self.bits <= 8, f"bits={self.bits}"),
+            (self.activation in _ACTIVATIONS, f"activation={self.activation!r}"),
+            (
+                self.activation_bits in range(2, 9) if self.activation else self.activation_bits == 0,
+                f"activation_bits={self.activation_bits} with activation={self.activation!r}",
+            ),
+            (self.input in DTYPES.values(), f"input={self.input!r}"),
+            (self.output in DTYPES.values(), f"output={self.output!r}"),
+        ]
+        wrong = [text for good, text in problems if not good]
+        if wrong:
+            raise BackendError(f"KernelForm: {', '.join(wrong)} is not supported.")
+
+    @property
+    def title(self) -> str:
+        """A short name, unique per form; also the stem of file names."""
+        weight = f"w{self.bits}{'z' if self.has_zero else ''}{'g' if self.grouped else ''}"
+        activation = f"-a{self.activation_bits}{self.activation}" if self.activation else ""
+        return f"{self.kind}-{weight}{activation}-{self.input}-{self.output}"
+
+    @property
+    def activation_text(self) -> str:
+        """The activations in words."""
+        if self.activation is None:
+            return self.input
+        scale = "per token at run time" if self.activation == "dynamic" else "per tensor, calibrated"
+        return f"{self.input}, quantized to {self.activation_bits} bits {scale}"
+
+    def number(self, isa: Isa) -> int:
+        """The form and instruction set as one integer, equal in every process: the operators' ``form``."""
+        dtypes = list(DTYPES.values())
+        fields = (  # (value, bits)
+            (_KINDS.index(self.kind), 4),
+            (self.bits, 4),
+            (self.has_zero, 1),
+            (self.grouped, 1),
+            (_ACTIVATIONS.index(self.activation), 2),
+            (self.activation_bits, 4),
+            (dtypes.index(self.input), 3),
+            (dtypes.index(self.output), 3),
+            (isa.code, 4),
+            (ABI_VERSION, 8),
+        )
+        number = 0
+        for value, width in fields:
+            number = number << width | int(value)
+        return number
+
+
+def flush_steps(bits: int, isa: Isa) -> int:
+    """Steps of four inputs whose products a partial sum holds without overflow.
+
+    Where products are summed in 16 bits, one step adds two products of at most ``qmax · 128``. 8-bit codes
+    are multiplied nibble by nibble, hence ``qmax`` is 15 for them.
+    """
+    if not isa.narrow_sums:
+        return _NO_FLUSH
+    largest = 15 if bits == 8 else (1 << bits) - 1
+    return _SUM_LIMIT // (2 * largest * 128)
+
+
+def render(form: KernelForm, isa: Isa) -> str:
+    """The kernel's C++ source, readable and complete.
+
+    Example:
+        >>> from fxcompress.backends.cpu.isa import PORTABLE
+        >>> form = KernelForm("linear", 4, True, True, "dynamic", 8, "float32", "float32")
+        >>> render(form, PORTABLE).splitlines()[0]
+        '// linear-w4zg-a8dynamic-float32-float32'
+    """
+    return (
+        _environment()
+        .get_template("kernel.cpp.j2")
+        .render(
+            form=form,
+            isa=isa,
+            abi_version=ABI_VERSION,
+            fixed_zero=1 << (form.bits - 1),
+            qmax=(1 << form.bits) - 1,
+            act_qmax=(1 << (form.activation_bits - 1)) - 1 if form.activation else 0,
+            flush_steps=flush_steps(form.bits, isa),
+        )
+    )
+
+
+def render_template(name: str, **values: object) -> str:
+    """Any other template of this package."""
+    return _environment().get_template(name).render(abi_version=ABI_VERSION, **values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("fxcompress.backends.cpu", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )

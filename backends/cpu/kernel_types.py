@@ -1,0 +1,98 @@
+"""What a linear kernel is: the use it serves, its input, its interface."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxcompress.backends.cpu.layouts import Layout
+
+# From this many rows on, the weight is unpacked to bfloat16 and multiplied with oneDNN: the time of ATen's
+# weight-only kernels grows linearly with the rows. The exact threshold is a choice, not yet a measurement.
+MANY_ROWS = 16
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What a kernel needs to know of a linear use.
+
+    Args:
+        bits, symmetric, group_size: Of the weight; ``group_size`` as in QuantizedWeight.
+        rows: N, of all siblings together.
+        columns: K.
+        activation: ``"dynamic"``, ``"static"`` or None.
+        activation_bits: Width of an activation code.
+        tokens: Number of activation rows when known while compiling, else None (then taken to be many).
+        dtype: Of the activations.
+    """
+
+    bits: int
+    symmetric: bool
+    group_size: int
+    rows: int
+    columns: int
+    activation: str | None
+    tokens: int | None
+    dtype: torch.dtype
+    activation_bits: int = 8
+
+    @property
+    def many_rows(self) -> bool:
+        """Whether a prefill kernel fits better than a decode kernel."""
+        return self.tokens is None or self.tokens >= MANY_ROWS
+
+    @property
+    def per_row(self) -> bool:
+        """Whether every row has one scale."""
+        return self.group_size <= 0
+
+
+@dataclass(frozen=True)
+class QuantizedInput:
+    """An activation as the graph quantized it: ``x ≈ scale · (codes − zero)``."""
+
+    codes: Tensor  # int8 [..., K]
+    scale: Tensor  # [..., 1] or 0-d
+    zero: Tensor | None  # 0-d
+    source: Tensor  # [..., K], what was quantized
+
+
+class Kernel(abc.ABC):
+    """One way to compute a linear use.
+
+    Attributes:
+        name: What it is called in explanations.
+        layout: How it wants the weight to lie.
+    """
+
+    name: str
+    layout: Layout
+
+    @abc.abstractmethod
+    def refuses(self, spec: LinearSpec) -> str | None:
+        """Why the kernel cannot serve ``spec``, or None when it can."""
+
+    @abc.abstractmethod
+    def product(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
+        """``[..., rows]`` without bias, in ``spec.dtype``; ``x: [..., K]`` is the (fake-quantized) input."""
+
+    def run(
+        self,
+        x: Tensor,
+        quantized: QuantizedInput | None,
+        packed: dict[str, Tensor],
+        spec: LinearSpec,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """The product plus ``bias: [rows]``; kernels that add it themselves override this."""
+        y = self.product(x, quantized, packed, spec)
+        return y if bias is None else y + bias
+
+    def describe(self, spec: LinearSpec) -> str:
+        """What ``explain()`` says of a site."""
+        return self.name

@@ -1,0 +1,288 @@
+"""The operators ``fxcompress_cpu::*``: generated kernels as torch sees them.
+
+    fxcompress_cpu::linear     product of [..., K] activations with a tiled weight
+    fxcompress_cpu::embedding  rows of a tiled table
+    fxcompress_cpu::dense      a tiled weight dequantized, [K, rows]
+
+An operator names its kernel by the number of its form (:meth:`KernelForm.number`), so that a compiled graph
+holds no address. A small C++ library, compiled once like the kernels, implements them through torch's stable
+ABI; where it cannot be built, Python calls the kernels through ctypes, which costs some microseconds more per
+call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxcompress.backends.cpu.generator import ABI_VERSION, KernelForm, render, render_template
+from fxcompress.backends.cpu.isa import Isa
+from fxcompress.backends.cpu.toolchain import compiled
+from fxcompress.errors import BackendError
+
+logger = logging.getLogger("fxcompress.backends")
+
+_LIBRARY = torch.library.Library("fxcompress_cpu", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? total, Tensor? bias,"
+    " Tensor? act_scale, Tensor? act_zero,"
+    " int form, int rows, int columns, int group, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero, int form, int rows, int columns,"
+    " int group, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "dense(Tensor weight, Tensor scale, Tensor? zero, int form, int columns, int group, ScalarType dtype)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _fake_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    total: Tensor | None,
+    bias: Tensor | None,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    form: int,
+    rows: int,
+    columns: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+
+
+def _fake_embedding(
+    indices: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    form: int,
+    rows: int,
+    columns: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return weight.new_empty((*indices.shape, columns), dtype=dtype)
+
+
+def _fake_dense(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    form: int,
+    columns: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return weight.new_empty((columns, scale.shape[0] * scale.shape[2]), dtype=dtype)
+
+
+for _name, _fake in (("linear", _fake_linear), ("embedding", _fake_embedding), ("dense", _fake_dense)):
+    torch.library.register_fake(f"fxcompress_cpu::{_name}", _fake, lib=_LIBRARY)
+
+
+class Arguments(ctypes.Structure):
+    """``fx_arguments`` of ``templates/arguments.j2``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "total", "bias")),
+        *((name, ctypes.c_void_p) for name in ("act_scale", "act_zero", "out")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "m", "n", "k", "group", "threads")),
+    ]
+
+
+_KERNELS: dict[int, ctypes.CDLL] = {}  # by form number; a library stays loaded
+_FAILED: dict[int, str] = {}
+_LOCK = threading.Lock()
+
+
+def ensure_kernel(form: KernelForm, isa: Isa) -> str | None:
+    """Compile and load the kernel of a form, once per process.
+
+    Returns:
+        None when the operators can use it, else why not (logged once per reason).
+    """
+    number = form.number(isa)
+    with _LOCK:
+        if number not in _KERNELS and number not in _FAILED:
+            try:
+                kernel = load_kernel(form, isa)
+                _bind_operators()
+                _KERNELS[number] = kernel
+                if (register := _register_function()) is not None:
+                    register(number, ctypes.cast(kernel.fx_run, ctypes.c_void_p))
+            except BackendError as error:
+                _FAILED[number] = str(error)
+                _log_failure(str(error).splitlines()[0])
+        return _FAILED.get(number)
+
+
+@functools.cache
+def _log_failure(reason: str) -> None:
+    logger.warning("no generated kernels, torch's own are used: %s", reason)
+
+
+def load_kernel(form: KernelForm, isa: Isa) -> ctypes.CDLL:
+    """The shared object of a form's kernel, compiled if need be.
+
+    Raises:
+        BackendError: it cannot be compiled or loaded, or is of another interface version.
+    """
+    path = compiled(f"{form.title}-{isa.name}", render(form, isa), isa.flags)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(
+            f"{path.name}: cannot be loaded: {error}.", fix=f"delete {path} and try again."
+        ) from error
+    if library.fx_abi() != ABI_VERSION:
+        raise BackendError(f"{path.name}: interface version {library.fx_abi()}, expected {ABI_VERSION}.")
+    library.fx_run.argtypes = [ctypes.POINTER(Arguments)]
+    library.fx_run.restype = None
+    return library
+
+
+@functools.cache
+def _bind_operators() -> None:
+    """Give the operators their CPU implementation: the C++ library, else Python."""
+    if _register_function() is None:
+        _LIBRARY.impl("linear", python_linear, "CPU")
+        _LIBRARY.impl("embedding", python_embedding, "CPU")
+        _LIBRARY.impl("dense", python_dense, "CPU")
+
+
+@functools.cache
+def _register_function() -> Callable[[int, ctypes.c_void_p], None] | None:
+    """``fx_register`` of the C++ library, or None when it cannot be built."""
+    root = Path(torch.__file__).parent
+    flags = [
+        f"-I{root / 'include'}",
+        f"-L{root / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+        f"-DFX_TORCH={torch.__version__}",
+    ]
+    try:
+        library = ctypes.CDLL(str(compiled("operators", render_template("shim.cpp.j2"), flags)))
+    except (BackendError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        logger.warning("the C++ operators cannot be built; kernels are called from Python: %s", reason)
+        return None
+    register = library.fx_register
+    register.argtypes = [ctypes.c_int64, ctypes.c_void_p]
+    register.restype = None
+
+    def call(number: int, kernel: ctypes.c_void_p) -> None:
+        register(number, kernel)
+
+    return call
+
+
+def python_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    total: Tensor | None,
+    bias: Tensor | None,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    form: int,
+    rows: int,
+    columns: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``fxcompress_cpu::linear`` through ctypes."""
+    flat = x.reshape(-1, columns)
+    if columns > 1 and flat.stride(1) != 1:
+        flat = flat.contiguous()
+    out = x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+    arguments = Arguments(
+        *(
+            None if t is None else t.data_ptr()
+            for t in (flat, weight, scale, zero, total, bias, act_scale, act_zero)
+        ),
+        out.data_ptr(),
+        *(flat.stride(0), flat.shape[0], rows, columns, group, torch.get_num_threads()),
+    )
+    call_kernel(form, arguments)
+    return out
+
+
+def python_embedding(
+    indices: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    form: int,
+    rows: int,
+    columns: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``fxcompress_cpu::embedding`` through ctypes."""
+    flat = indices.to(torch.int64).contiguous()
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):
+        raise IndexError(f"fxcompress: an embedding index is outside 0…{rows - 1}")
+    out = weight.new_empty((*indices.shape, columns), dtype=dtype)
+    pointers = [None if t is None else t.data_ptr() for t in (flat, weight, scale, zero)]
+    arguments = Arguments(
+        *pointers,
+        *(None, None, None, None, out.data_ptr()),
+        *(1, flat.numel(), rows, columns, group, torch.get_num_threads()),
+    )
+    call_kernel(form, arguments)
+    return out
+
+
+def python_dense(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    form: int,
+    columns: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``fxcompress_cpu::dense`` through ctypes."""
+    rows = scale.shape[0] * scale.shape[2]
+    out = weight.new_empty((columns, rows), dtype=dtype)
+    pointers = [None if t is None else t.data_ptr() for t in (None, weight, scale, zero)]
+    arguments = Arguments(
+        *pointers,
+        *(None, None, None, None, out.data_ptr()),
+        *(0, 0, rows, columns, group, torch.get_num_threads()),
+    )
+    call_kernel(form, arguments)
+    return out
+
+
+def call_kernel(form: int, arguments: Arguments) -> None:
+    """Run a loaded kernel.
+
+    Raises:
+        BackendError: the form's kernel is not loaded in this process.
+    """
+    library = _KERNELS.get(form)
+    if library is None:
+        raise BackendError(
+            f"the kernel of form {form} is not loaded in this process.",
+            fix="compile the model with fxcompress here first.",
+        )
+    library.fx_run(ctypes.byref(arguments))

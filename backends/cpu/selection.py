@@ -1,0 +1,90 @@
+"""Which kernel serves a use on a machine: a fixed rule over what the machine has, backed by measurements.
+
+The constants come from ``tests/benchmarks/kernels.py``; ``docs/cpu-kernels.md`` has the rule as a table. The
+choice never depends on a measurement at run time, so that equal machines compute equal results.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from fxcompress.backends.cpu.embeddings import EmbeddingKernel, GeneratedEmbedding, RowsEmbedding
+from fxcompress.backends.cpu.generated import GeneratedDense, GeneratedLinear
+from fxcompress.backends.cpu.isa import Isa, machine_isa, processor_flags
+from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec
+from fxcompress.backends.cpu.kernels import (
+    Int4Unpacked,
+    Int4WeightOnly,
+    Int8Int8,
+    Int8Unpacked,
+    Int8WeightOnly,
+)
+
+_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+_INT8 = frozenset({"avx512_vnni", "amx_int8"})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choice depends on.
+
+    Args:
+        isa: Instruction set of generated kernels.
+        bfloat16: Has bfloat16 products; without them oneDNN's are several times slower than float32.
+        int8: Has byte products that torch uses; without them ``_int_mm`` is a plain loop.
+    """
+
+    isa: Isa
+    bfloat16: bool
+    int8: bool
+
+
+def this_machine() -> Machine:
+    """The machine this process runs on; ``FXCOMPRESS_CPU_ISA`` replaces its instruction set."""
+    flags = _flags()
+    return Machine(machine_isa(), bool(flags & _BFLOAT16), bool(flags & _INT8))
+
+
+@functools.cache
+def _flags() -> frozenset[str]:
+    return processor_flags()
+
+
+@functools.cache
+def candidates(machine: Machine) -> tuple[Kernel, ...]:
+    """Linear kernels worth running on ``machine``, best first."""
+    generated: tuple[Kernel, ...] = (GeneratedLinear(machine.isa),)
+    if machine.bfloat16:
+        generated = (GeneratedDense(machine.isa), *generated)
+    aten: list[Kernel] = [Int8Int8()] if machine.int8 else []
+    aten.append(Int4WeightOnly(any_tokens=machine.bfloat16))
+    aten += [Int4Unpacked()] if machine.bfloat16 else []
+    aten.append(Int8WeightOnly())
+    aten += [Int8Unpacked()] if machine.bfloat16 else []
+    return (*generated, *aten)
+
+
+def choose_kernel(spec: LinearSpec, machine: Machine | None = None) -> tuple[Kernel | None, str]:
+    """The first kernel that serves ``spec``, and what to say of it; None with the refusals when none does.
+
+    Args:
+        spec: The linear use.
+        machine: Default: this one.
+
+    Raises:
+        BackendError: ``FXCOMPRESS_CPU_ISA`` names a set this processor does not run.
+    """
+    refusals = []
+    for kernel in candidates(machine or this_machine()):
+        reason = kernel.refuses(spec)
+        if reason is None:
+            return kernel, kernel.describe(spec)
+        refusals.append(f"{kernel.name}: {reason.splitlines()[0]}")
+    return None, "; ".join(refusals)
+
+
+def choose_embedding(spec: LinearSpec, machine: Machine | None = None) -> EmbeddingKernel | None:
+    """The first embedding kernel that serves a table, or None."""
+    kernels = (GeneratedEmbedding((machine or this_machine()).isa), RowsEmbedding())
+    return next((kernel for kernel in kernels if kernel.refuses(spec) is None), None)
