@@ -105,13 +105,13 @@ class QuantizeActivations(SelectivePass):
             if all(seen.count == 0 for seen in found):
                 yield Refuse(candidate.name, "no calibration token reaches it")
                 continue
-            lows = torch.stack([seen.minimum for seen in found if seen.count]).amin(0)  # [K]
-            highs = torch.stack([seen.maximum for seen in found if seen.count]).amax(0)
-            low, high = lows.min(), highs.max()
+            lows = [seen.minimum for seen in found if seen.count]  # [K] each; two directions differ in K
+            highs = [seen.maximum for seen in found if seen.count]
+            low, high = torch.cat(lows).min(), torch.cat(highs).max()
             if self.mode == "cluster":
                 clusters = block.state.form(candidate.name).clusters
                 quantizer: ActivationQuantizer = cluster_quantizer(
-                    lows, highs, clusters, self.bits, candidate.name
+                    torch.stack(lows).amin(0), torch.stack(highs).amax(0), clusters, self.bits, candidate.name
                 )
             else:
                 quantizer = self._static(low, high, candidate.name)
