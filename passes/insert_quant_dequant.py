@@ -180,10 +180,10 @@ class InsertQuantDequant(SelectivePass):
         found = [statistics for statistics in seen if statistics.count]
         if not found:
             return None
-        low = torch.stack([statistics.minimum for statistics in found]).amin(0)  # [K]
-        high = torch.stack([statistics.maximum for statistics in found]).amax(0)
+        lows, highs = [seen.minimum for seen in found], [seen.maximum for seen in found]  # [K] each
         if self.activations == "tensor":
-            return static_quantizer(low.min(), high.max(), self.activation_bits, name)
+            return static_quantizer(torch.cat(lows).min(), torch.cat(highs).max(), self.activation_bits, name)
+        low, high = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
         return cluster_quantizer(low, high, (1,) * low.numel(), self.activation_bits, name)
 
     def _no_input(self, block: BlockContext, candidate: Candidate) -> str | None:
@@ -199,6 +199,8 @@ class InsertQuantDequant(SelectivePass):
             return f"{candidate.role.value}: stays unquantized (heads=False)"
         if self.activations != "tensor" and any(map(_needs_one_scale, products)):
             return "a scale per token or channel does not fit this product (use activations='tensor')"
+        if self.activations == "channel" and len({site.layout for site in products}) > 1:
+            return "the weight is used in two directions, which one scale per channel cannot serve"
         outside = any(site.takes_activation for site in candidate.uses if site not in candidate.here)
         if self.needs_calibration and outside:
             return "the weight is used in several blocks, which one static range cannot serve"

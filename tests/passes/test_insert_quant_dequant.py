@@ -23,7 +23,7 @@ from fxcompress.forms import (
 from fxcompress.manager import run_recipe
 from fxcompress.ops import apply_quantizer
 from fxcompress.passes import InsertQuantDequant
-from tests.passes.models import Attention, Convolutions
+from tests.passes.models import Attention, Autoencoder, Convolutions
 from tests.passes.one_block import OneBlock, block_of, refusals
 
 X = torch.randn(2, 5, 20)
@@ -132,6 +132,15 @@ def test_convolutions_take_one_scale() -> None:
     reasons = refusals(block_of(Convolutions(), (x,)).run(InsertQuantDequant()))
     assert all("use activations='tensor'" in reason for reason in reasons.values())
     assert refusals(block_of(Convolutions(), (x,)).run(InsertQuantDequant(activations="tensor"))) == {}
+
+
+def test_a_weight_read_in_two_directions() -> None:
+    x = torch.randn(4, 20)
+    assert refusals(block_of(Autoencoder(), (x,)).run(InsertQuantDequant(activations="tensor"))) == {}
+    reasons = refusals(block_of(Autoencoder(), (x,)).run(InsertQuantDequant(activations="channel")))
+    assert reasons == {
+        "code.weight": "input: the weight is used in two directions, which one scale per channel cannot serve"
+    }
 
 
 def test_second_run_changes_nothing_and_an_edge_is_set_once() -> None:
