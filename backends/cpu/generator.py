@@ -128,6 +128,7 @@ def render(form: KernelForm, isa: Isa) -> str:
         >>> render(form, PORTABLE).splitlines()[0]
         '// linear-w4zg-a8dynamic-float32-float32'
     """
+    split = isa.narrow_sums and form.bits == 8
     return (
         _environment()
         .get_template("kernel.cpp.j2")
@@ -139,6 +140,9 @@ def render(form: KernelForm, isa: Isa) -> str:
             qmax=(1 << form.bits) - 1,
             act_qmax=(1 << (form.activation_bits - 1)) - 1 if form.activation else 0,
             flush_steps=flush_steps(form.bits, isa),
+            # Split codes take twice the registers and twice the multiplications.
+            integer_rows=isa.integer_rows[1:] if split else isa.integer_rows,
+            float_panels=split and form.activation is not None,
         )
     )
 

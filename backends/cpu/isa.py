@@ -24,6 +24,7 @@ class Isa:
         code: Number inside an operator's form number; never reused for another set.
         template: Which ``templates/isa_*.j2`` gives its primitives.
         lanes: 32-bit lanes of a vector; a row block has twice as many outputs.
+        header: Where the compiler declares its intrinsics; empty for plain C++.
         flags: Compiler flags that enable exactly this set.
         needs: Processor flags, as Linux spells them, that must all be present.
         vnni: Products of bytes are summed into 32 bits by one instruction, without intermediate 16 bits.
@@ -39,6 +40,7 @@ class Isa:
     code: int
     template: str
     lanes: int
+    header: str
     flags: tuple[str, ...]
     needs: frozenset[str]
     vnni: bool = False
@@ -58,21 +60,24 @@ class Isa:
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 
-PORTABLE = Isa("portable", 0, "portable", 8, (), frozenset())
-AVX2 = Isa("avx2", 1, "avx2", 8, ("-mavx2", "-mfma", "-mf16c"), _AVX2, narrow_sums=True)
-AVX_VNNI = Isa("avxvnni", 2, "avx2", 8, (*AVX2.flags, "-mavxvnni"), _AVX2 | {"avx_vnni"}, vnni=True)
+PORTABLE = Isa("portable", 0, "portable", 8, "", (), frozenset())
+AVX2 = Isa("avx2", 1, "avx2", 8, "immintrin.h", ("-mavx2", "-mfma", "-mf16c"), _AVX2, narrow_sums=True)
+AVX_VNNI = Isa(
+    "avxvnni", 2, "avx2", 8, "immintrin.h", (*AVX2.flags, "-mavxvnni"), _AVX2 | {"avx_vnni"}, vnni=True
+)
 AVX512_VNNI = Isa(
     "avx512vnni",
     3,
     "avx512vnni",
     16,
+    "immintrin.h",
     (*AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
     _AVX2 | _AVX512 | {"avx512_vnni"},
     vnni=True,
     integer_rows=(8, 4, 2, 1),
     float_rows=(12, 6, 2, 1),
 )
-NEON = Isa("neon", 4, "neon", 4, ("-march=armv8.2-a+dotprod",), frozenset({"asimd", "asimddp"}))
+NEON = Isa("neon", 4, "neon", 4, "arm_neon.h", ("-march=armv8.2-a+dotprod",), frozenset({"asimd", "asimddp"}))
 
 ISAS: dict[str, Isa] = {isa.name: isa for isa in (AVX512_VNNI, AVX_VNNI, AVX2, NEON, PORTABLE)}
 """All of them, best first."""
