@@ -15,6 +15,7 @@ from fxcompress.backends.regions import RegionCompiler
 from fxcompress.backends.sources import GhostSource, source_from_options
 from fxcompress.capture.dynamo import program_from_dynamo
 from fxcompress.capture.program import Program
+from fxcompress.compat import runs_alone
 from fxcompress.errors import BackendError
 from fxcompress.store import WeightStore
 
@@ -115,17 +116,29 @@ class EagerBackend(CompressingBackend):
         super().__init__(GhostSource(store), "eager")
 
 
-def compile_with_inductor(module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
-    """Compile a flat graph with Inductor.
+def compile_with_inductor(module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[[list[Any]], Any]:
+    """Compile a flat graph with Inductor; the result takes its inputs as one list, which it may empty.
 
     Sizes are checked by Dynamo's guards already; Inductor's assertions on every input and intermediate cost a
-    tenth of a decode step.
+    tenth of a decode step. AOTAutograd's run-time wrappers, a few layers of Python around every block, are
+    left out where they have nothing to do: no output that aliases another tensor, no input whose mutation
+    must be repeated outside of the graph.
     """
     from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    graphs: list[tuple[Any, int, bool]] = []
+
+    def inner(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        compiled = compile_fx_inner(graph, inputs, **options)
+        graphs.append((compiled, len(inputs), runs_alone()))
+        return compiled
 
     with config.patch(size_asserts=False, alignment_asserts=False):
-        return cast("Callable[..., Any]", compile_fx(module, list(fakes)))
+        wrapped = compile_fx(module, list(fakes), inner_compile=inner)
+    if len(graphs) == 1 and graphs[0][1] == len(fakes) and graphs[0][2]:
+        return cast("Callable[[list[Any]], Any]", graphs[0][0])
+    return lambda inputs: wrapped(*inputs)
 
 
 def fxcompress_backend(

@@ -80,7 +80,8 @@ class Executable:
         n_slots = len(slots)
         if regions is None:
             inputs = [slots[node] for node in self._module.graph.nodes if node.op == "placeholder"]
-            self._steps.append((self._module.forward, inputs, [-1]))
+            forward = self._module.forward
+            self._steps.append((lambda values: forward(*values), inputs, [-1]))
             self._n_slots = n_slots
             return
         used_forms = {node for region in regions for node in region.values}
@@ -140,9 +141,9 @@ class Executable:
         with torch.no_grad():
             if self._outputs is None:
                 function, sources, _ = self._steps[0]
-                return function(*[values[slot] for slot in sources])
+                return function([values[slot] for slot in sources])
             for (function, sources, targets), release in zip(self._steps, self._release, strict=True):
-                results = function(*[values[slot] for slot in sources])
+                results = function([values[slot] for slot in sources])
                 for slot, result in zip(targets, results, strict=True):
                     values[slot] = result
                 for slot in release:

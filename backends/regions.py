@@ -27,7 +27,7 @@ from fxcompress.store import WeightStore
 
 logger = logging.getLogger("fxcompress.backends")
 _KNOWN = (torch.ops.fxcompress.dequantize_weight.default, torch.ops.fxcompress.quantized_embedding.default)
-Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Any]]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Region:
     """A compiled block in place.
 
     Args:
-        function: Compiled; takes the values below in order, returns the block outputs.
+        function: Compiled; takes one list of the values below in order, returns the block outputs.
         values: Nodes of the outer graph whose values come first.
         packed: Then packed tensors: (input description, parameter names).
         outputs: Nodes of the outer graph that the results are.

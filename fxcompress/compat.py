@@ -78,3 +78,13 @@ def compile_in_place(module: nn.Module, backend: Any) -> None:
         # runs the module as it is, which for ghosts means NaN.
         options = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
     module._compiled_call_impl = torch.compile(call, backend=backend, **options)
+
+
+def runs_alone() -> bool:
+    """Whether the graph that AOTAutograd is handing to its compiler needs none of AOTAutograd at run time."""
+    context = torch._guards.TracingContext.try_get()
+    metadata: Any = getattr(context, "fw_metadata", None)
+    if metadata is None:
+        return False
+    plain = all(info.output_type.name == "non_alias" for info in metadata.output_info)
+    return plain and metadata.num_mutated_inp_runtime_indices == 0 and not metadata.tokens
