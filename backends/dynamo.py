@@ -97,7 +97,9 @@ class InductorBackend(CompressingBackend):
         store: The model's packed weights.
     """
 
-    summary = "Inductor, with ATen and oneDNN kernels for the compressed products"
+    summary = (
+        "Inductor, with kernels generated for the machine (or ATen and oneDNN) for the compressed products"
+    )
 
     def __init__(self, store: WeightStore) -> None:
         super().__init__(GhostSource(store), "inductor")

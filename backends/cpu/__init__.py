@@ -1,1 +1,1 @@
-"""CPU lowering: quantize/dequantize patterns to the fastest kernels torch already has."""
+"""CPU lowering: quantize/dequantize patterns to generated kernels, or the fastest torch already has."""

@@ -58,11 +58,9 @@ class GeneratedEmbedding(EmbeddingKernel):
             packed["weight"],
             packed["scale"],
             packed.get("zero"),
-            self._form(spec).number(self.isa),
-            spec.rows,
+            packed["total"],
             spec.columns,
-            kernel_group(spec.group_size, spec.columns),
-            spec.dtype,
+            self._form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
         )
         return rows
 

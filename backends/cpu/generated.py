@@ -57,15 +57,11 @@ class GeneratedLinear(Kernel):
             packed["weight"],
             packed["scale"],
             packed.get("zero"),
-            packed["total"] if static else None,
+            packed["total"],
             None if bias is None else bias.to(torch.float32),
             quantized.scale.to(torch.float32) if static and quantized is not None else None,
             quantized.zero if static and quantized is not None else None,
-            linear_form(spec).number(self.isa),
-            spec.rows,
-            spec.columns,
-            kernel_group(spec.group_size, spec.columns),
-            spec.dtype,
+            linear_form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
         )
         return y
 
@@ -98,10 +94,8 @@ class GeneratedDense(Kernel):
             packed["weight"],
             packed["scale"],
             packed.get("zero"),
-            self._form(spec).number(self.isa),
             spec.columns,
-            kernel_group(spec.group_size, spec.columns),
-            torch.bfloat16,
+            self._form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
         )
         product = torch.mm(x.reshape(-1, spec.columns).to(torch.bfloat16), weight)[:, : spec.rows]
         return product.reshape(*x.shape[:-1], spec.rows).to(spec.dtype)

@@ -22,6 +22,8 @@ DTYPES: dict[torch.dtype, str] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+GROUP_SHIFT = 34  # bits of a kernel number
+OUTPUT_SHIFT = 12  # where the output's dtype lies in it
 _KINDS = ("linear", "embedding", "dense")
 _ACTIVATIONS = (None, "dynamic", "static")
 _SUM_LIMIT = 32767  # of a signed 16-bit sum
@@ -87,9 +89,9 @@ class KernelForm:
         return f"{self.input}, quantized to {self.activation_bits} bits {scale}"
 
     def number(self, isa: Isa) -> int:
-        """The form and instruction set as one integer, equal in every process: the operators' ``form``."""
+        """The kernel of this form on ``isa`` as one integer below 2**34, equal in every process."""
         dtypes = list(DTYPES.values())
-        fields = (  # (value, bits)
+        fields = (  # (value, bits), highest first
             (_KINDS.index(self.kind), 4),
             (self.bits, 4),
             (self.has_zero, 1),
@@ -105,6 +107,18 @@ class KernelForm:
         for value, width in fields:
             number = number << width | int(value)
         return number
+
+    def call_number(self, isa: Isa, group: int) -> int:
+        """What operators take as ``form``: the kernel's number, and the group size in the bits above.
+
+        One integer, because torch's dispatcher takes most of a microsecond for every integer argument.
+        """
+        return group << GROUP_SHIFT | self.number(isa)
+
+
+def output_dtype(number: int) -> torch.dtype:
+    """Dtype of the result, from an operator's ``form``."""
+    return list(DTYPES)[number >> OUTPUT_SHIFT & 7]
 
 
 def flush_steps(bits: int, isa: Isa) -> int:
@@ -140,11 +154,19 @@ def render(form: KernelForm, isa: Isa) -> str:
             qmax=(1 << form.bits) - 1,
             act_qmax=(1 << (form.activation_bits - 1)) - 1 if form.activation else 0,
             flush_steps=flush_steps(form.bits, isa),
+            nibble_table=isa.byte_table and form.kind == "linear" and form.bits <= 4 and not form.activation,
+            table=_bfloat16_bytes(form.bits),
             # Split codes take twice the registers and twice the multiplications.
             integer_rows=isa.integer_rows[1:] if split else isa.integer_rows,
             float_panels=split and form.activation is not None,
         )
     )
+
+
+def _bfloat16_bytes(bits: int) -> list[tuple[int, int]]:
+    """Low and high byte of ``code − 2**(bits−1)`` in bfloat16 (exact), for the sixteen smallest codes."""
+    values = torch.arange(16).sub(1 << (bits - 1)).to(torch.bfloat16).view(torch.uint8).view(16, 2)
+    return [(int(low), int(high)) for low, high in values]
 
 
 def render_template(name: str, **values: object) -> str:

@@ -29,6 +29,7 @@ class Isa:
         needs: Processor flags, as Linux spells them, that must all be present.
         vnni: Products of bytes are summed into 32 bits by one instruction, without intermediate 16 bits.
         narrow_sums: Products of bytes are summed in 16 bits first, so that sums must be widened in time.
+        byte_table: Codes below 16 are turned into floats by table look-up in registers.
         integer_rows: Activation rows per tile of the integer kernel, in falling order, ending with 1.
         float_rows: The same for panels of the float kernel.
         panel_from: Activation rows from which the float kernel dequantizes panels instead of registers.
@@ -45,6 +46,7 @@ class Isa:
     needs: frozenset[str]
     vnni: bool = False
     narrow_sums: bool = False
+    byte_table: bool = False
     integer_rows: tuple[int, ...] = (4, 2, 1)
     float_rows: tuple[int, ...] = (6, 4, 2, 1)
     panel_from: int = 6
@@ -61,9 +63,27 @@ _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 
 PORTABLE = Isa("portable", 0, "portable", 8, "", (), frozenset())
-AVX2 = Isa("avx2", 1, "avx2", 8, "immintrin.h", ("-mavx2", "-mfma", "-mf16c"), _AVX2, narrow_sums=True)
+AVX2 = Isa(
+    "avx2",
+    1,
+    "avx2",
+    8,
+    "immintrin.h",
+    ("-mavx2", "-mfma", "-mf16c"),
+    _AVX2,
+    narrow_sums=True,
+    byte_table=True,
+)
 AVX_VNNI = Isa(
-    "avxvnni", 2, "avx2", 8, "immintrin.h", (*AVX2.flags, "-mavxvnni"), _AVX2 | {"avx_vnni"}, vnni=True
+    "avxvnni",
+    2,
+    "avx2",
+    8,
+    "immintrin.h",
+    (*AVX2.flags, "-mavxvnni"),
+    _AVX2 | {"avx_vnni"},
+    vnni=True,
+    byte_table=True,
 )
 AVX512_VNNI = Isa(
     "avx512vnni",

@@ -22,7 +22,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxcompress.backends.cpu.generator import ABI_VERSION, KernelForm, render, render_template
+from fxcompress.backends.cpu.generator import (
+    ABI_VERSION,
+    GROUP_SHIFT,
+    OUTPUT_SHIFT,
+    KernelForm,
+    output_dtype,
+    render,
+    render_template,
+)
 from fxcompress.backends.cpu.isa import Isa
 from fxcompress.backends.cpu.toolchain import compiled
 from fxcompress.errors import BackendError
@@ -30,40 +38,29 @@ from fxcompress.errors import BackendError
 logger = logging.getLogger("fxcompress.backends")
 
 _LIBRARY = torch.library.Library("fxcompress_cpu", "DEF")
-_LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? total, Tensor? bias,"
-    " Tensor? act_scale, Tensor? act_zero,"
-    " int form, int rows, int columns, int group, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_SCHEMAS = (
+    "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor total, Tensor? bias,"
+    " Tensor? act_scale, Tensor? act_zero, int form) -> Tensor",
+    "embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero, Tensor total, int columns,"
+    " int form) -> Tensor",
+    "dense(Tensor weight, Tensor scale, Tensor? zero, int columns, int form) -> Tensor",
 )
-_LIBRARY.define(
-    "embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero, int form, int rows, int columns,"
-    " int group, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "dense(Tensor weight, Tensor scale, Tensor? zero, int form, int columns, int group, ScalarType dtype)"
-    " -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _fake_linear(
-    x: Tensor,
+    x: Tensor,  # [..., K]
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
-    total: Tensor | None,
+    total: Tensor,  # [N]
     bias: Tensor | None,
     act_scale: Tensor | None,
     act_zero: Tensor | None,
     form: int,
-    rows: int,
-    columns: int,
-    group: int,
-    dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], total.shape[0]), dtype=output_dtype(form))
 
 
 def _fake_embedding(
@@ -71,25 +68,15 @@ def _fake_embedding(
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
-    form: int,
-    rows: int,
+    total: Tensor,
     columns: int,
-    group: int,
-    dtype: torch.dtype,
+    form: int,
 ) -> Tensor:
-    return weight.new_empty((*indices.shape, columns), dtype=dtype)
+    return weight.new_empty((*indices.shape, columns), dtype=output_dtype(form))
 
 
-def _fake_dense(
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    form: int,
-    columns: int,
-    group: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return weight.new_empty((columns, scale.shape[0] * scale.shape[2]), dtype=dtype)
+def _fake_dense(weight: Tensor, scale: Tensor, zero: Tensor | None, columns: int, form: int) -> Tensor:
+    return weight.new_empty((columns, scale.shape[0] * scale.shape[2]), dtype=output_dtype(form))
 
 
 for _name, _fake in (("linear", _fake_linear), ("embedding", _fake_embedding), ("dense", _fake_dense)):
@@ -170,6 +157,7 @@ def _bind_operators() -> None:
 def _register_function() -> Callable[[int, ctypes.c_void_p], None] | None:
     """``fx_register`` of the C++ library, or None when it cannot be built."""
     root = Path(torch.__file__).parent
+    source = render_template("shim.cpp.j2", group_shift=GROUP_SHIFT, output_shift=OUTPUT_SHIFT)
     flags = [
         f"-I{root / 'include'}",
         f"-L{root / 'lib'}",
@@ -178,7 +166,7 @@ def _register_function() -> Callable[[int, ctypes.c_void_p], None] | None:
         f"-DFX_TORCH={torch.__version__}",
     ]
     try:
-        library = ctypes.CDLL(str(compiled("operators", render_template("shim.cpp.j2"), flags)))
+        library = ctypes.CDLL(str(compiled("operators", source, flags)))
     except (BackendError, OSError) as error:
         reason = str(error).splitlines()[0]
         logger.warning("the C++ operators cannot be built; kernels are called from Python: %s", reason)
@@ -198,30 +186,20 @@ def python_linear(
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
-    total: Tensor | None,
+    total: Tensor,
     bias: Tensor | None,
     act_scale: Tensor | None,
     act_zero: Tensor | None,
     form: int,
-    rows: int,
-    columns: int,
-    group: int,
-    dtype: torch.dtype,
 ) -> Tensor:
     """``fxcompress_cpu::linear`` through ctypes."""
+    rows, columns = total.shape[0], x.shape[-1]
     flat = x.reshape(-1, columns)
     if columns > 1 and flat.stride(1) != 1:
         flat = flat.contiguous()
-    out = x.new_empty((*x.shape[:-1], rows), dtype=dtype)
-    arguments = Arguments(
-        *(
-            None if t is None else t.data_ptr()
-            for t in (flat, weight, scale, zero, total, bias, act_scale, act_zero)
-        ),
-        out.data_ptr(),
-        *(flat.stride(0), flat.shape[0], rows, columns, group, torch.get_num_threads()),
-    )
-    call_kernel(form, arguments)
+    out = x.new_empty((*x.shape[:-1], rows), dtype=output_dtype(form))
+    operands = (flat, weight, scale, zero, total, bias, act_scale, act_zero, out)
+    _call(form, operands, flat.stride(0), flat.shape[0], rows, columns)
     return out
 
 
@@ -230,59 +208,36 @@ def python_embedding(
     weight: Tensor,
     scale: Tensor,
     zero: Tensor | None,
-    form: int,
-    rows: int,
+    total: Tensor,
     columns: int,
-    group: int,
-    dtype: torch.dtype,
+    form: int,
 ) -> Tensor:
     """``fxcompress_cpu::embedding`` through ctypes."""
-    flat = indices.to(torch.int64).contiguous()
+    flat, rows = indices.to(torch.int64).contiguous(), total.shape[0]
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):
         raise IndexError(f"fxcompress: an embedding index is outside 0…{rows - 1}")
-    out = weight.new_empty((*indices.shape, columns), dtype=dtype)
-    pointers = [None if t is None else t.data_ptr() for t in (flat, weight, scale, zero)]
-    arguments = Arguments(
-        *pointers,
-        *(None, None, None, None, out.data_ptr()),
-        *(1, flat.numel(), rows, columns, group, torch.get_num_threads()),
-    )
-    call_kernel(form, arguments)
+    out = weight.new_empty((*indices.shape, columns), dtype=output_dtype(form))
+    _call(form, (flat, weight, scale, zero, None, None, None, None, out), 1, flat.numel(), rows, columns)
     return out
 
 
-def python_dense(
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    form: int,
-    columns: int,
-    group: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def python_dense(weight: Tensor, scale: Tensor, zero: Tensor | None, columns: int, form: int) -> Tensor:
     """``fxcompress_cpu::dense`` through ctypes."""
     rows = scale.shape[0] * scale.shape[2]
-    out = weight.new_empty((columns, rows), dtype=dtype)
-    pointers = [None if t is None else t.data_ptr() for t in (None, weight, scale, zero)]
-    arguments = Arguments(
-        *pointers,
-        *(None, None, None, None, out.data_ptr()),
-        *(0, 0, rows, columns, group, torch.get_num_threads()),
-    )
-    call_kernel(form, arguments)
+    out = weight.new_empty((columns, rows), dtype=output_dtype(form))
+    _call(form, (None, weight, scale, zero, None, None, None, None, out), 0, 0, rows, columns)
     return out
 
 
-def call_kernel(form: int, arguments: Arguments) -> None:
-    """Run a loaded kernel.
-
-    Raises:
-        BackendError: the form's kernel is not loaded in this process.
-    """
-    library = _KERNELS.get(form)
+def _call(
+    form: int, operands: tuple[Tensor | None, ...], stride: int, tokens: int, rows: int, columns: int
+) -> None:
+    library = _KERNELS.get(form & ((1 << GROUP_SHIFT) - 1))
     if library is None:
         raise BackendError(
             f"the kernel of form {form} is not loaded in this process.",
             fix="compile the model with fxcompress here first.",
         )
-    library.fx_run(ctypes.byref(arguments))
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in operands]
+    group, threads = form >> GROUP_SHIFT, torch.get_num_threads()
+    library.fx_run(ctypes.byref(Arguments(*pointers, stride, tokens, rows, columns, group, threads)))

@@ -38,8 +38,8 @@ class TiledLayout(Layout):
 
     Packed tensors, for N outputs in B blocks, K inputs in C chunks and G groups:
     ``weight: [B, C, bits, 4·lanes]`` uint8; ``scale: [B, G, 2·lanes]``, bfloat16 for groups (as stored), else
-    float32; ``zero``: uint8 like ``scale`` (absent when symmetric); ``total: [B·2·lanes]`` float32, the sum
-    of every dequantized row, which static activations with a zero-point need.
+    float32; ``zero``: uint8 like ``scale`` (absent when symmetric); ``total: [N]`` float32, the sum of every
+    dequantized row: static activations with a zero-point need it, and its size tells the operators N.
 
     Args:
         isa: The instruction set.
@@ -67,8 +67,7 @@ class TiledLayout(Layout):
         packed["scale"] = self._per_block(scale.to(torch.bfloat16 if first.group_size > 0 else torch.float32))
         if first.zero is not None:
             packed["zero"] = self._per_block(zero.to(torch.uint8))
-        total = _row_totals(codes, scale, zero, group)
-        packed["total"] = F.pad(total, (0, -rows % self.isa.block))
+        packed["total"] = _row_totals(codes, scale, zero, group)
         return packed
 
     def _per_block(self, values: Tensor) -> Tensor:

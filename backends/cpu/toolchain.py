@@ -41,8 +41,8 @@ class Compiler:
         command: Program and leading arguments.
         version: First line of ``--version``.
         openmp: Flags that turn OpenMP on; empty when it does not have it.
-        tuning: Flags of this compiler that make the kernels faster. GCC otherwise reorders the integer sums of
-            a tile, for which it then has too few registers.
+        tuning: Flags of this compiler that make the kernels faster. GCC otherwise reorders the integer sums
+            of a tile, for which it then has too few registers.
     """
 
     command: tuple[str, ...]

@@ -55,6 +55,7 @@ CASES = [  # every width, both kinds of zero-point and scale, all three activati
     Case(6, False, 64, DYNAMIC),
     Case(7, True, 16, DYNAMIC),
     Case(8, False, 50, None),
+    Case(2, True, 24, None),
 ]
 QUICK = CASES[:2]
 """Compiling takes seconds per form: what is not about forms runs on these two."""
@@ -71,7 +72,7 @@ def call(case: Case, isa: Isa, term: QuantizedWeight, x: Tensor, bias: Tensor | 
     form = case.form
     assert ensure_kernel(form, isa) is None
     packed = tiled_layout(isa).pack([term])
-    rows, columns = term.shape
+    columns = term.shape[1]
     static = case.activation if isinstance(case.activation, StaticPerTensor) else None
     y: Tensor = torch.ops.fxcompress_cpu.linear(
         x,
@@ -82,11 +83,7 @@ def call(case: Case, isa: Isa, term: QuantizedWeight, x: Tensor, bias: Tensor | 
         bias,
         None if static is None else static.scale,
         None if static is None else static.zero,
-        form.number(isa),
-        rows,
-        columns,
-        kernel_group(term.group_size, columns),
-        case.dtype,
+        form.call_number(isa, kernel_group(term.group_size, columns)),
     )
     return y
 

@@ -188,8 +188,8 @@ def test_codes_are_the_references() -> None:
         assert ensure_kernel(form, BEST) is None
         packed = tiled_layout(BEST).pack([term])
         y = torch.ops.fxcompress_cpu.linear(
-            *(x, packed["weight"], packed["scale"], None, None, None, None, None),
-            *(form.number(BEST), 32, 32, kernel_group(0, 32), torch.float32),
+            *(x, packed["weight"], packed["scale"], None, packed["total"], None, None, None),
+            form.call_number(BEST, 32),
         )
         q, scale = torch.ops.fxcompress.quantize_per_token(x, bits)
         assert torch.equal(y, q.float() * scale)
@@ -203,20 +203,21 @@ def test_embedding_and_dense(case: Case) -> None:
     packed = tiled_layout(BEST).pack([term])
     group = kernel_group(term.group_size, 200)
     shared = (packed["weight"], packed["scale"], packed.get("zero"))
+    total = packed["total"]
     dense = term.dense(torch.float32)
     for kind, dtype in (("embedding", torch.float32), ("dense", torch.bfloat16)):
         text = "float32" if dtype == torch.float32 else "bfloat16"
         form = KernelForm(kind, case.bits, not case.symmetric, case.group > 0, None, 0, text, text)
         assert ensure_kernel(form, BEST) is None
-        number = form.number(BEST)
+        number = form.call_number(BEST, group)
         if kind == "embedding":
             for indices in (torch.randint(0, 50, (3, 7)), torch.tensor([49, 0], dtype=torch.int32)):
-                rows = torch.ops.fxcompress_cpu.embedding(indices, *shared, number, 50, 200, group, dtype)
+                rows = torch.ops.fxcompress_cpu.embedding(indices, *shared, total, 200, number)
                 assert torch.equal(rows, dense[indices.long()])
             with pytest.raises((RuntimeError, IndexError), match="outside"):
-                torch.ops.fxcompress_cpu.embedding(torch.tensor([50]), *shared, number, 50, 200, group, dtype)
+                torch.ops.fxcompress_cpu.embedding(torch.tensor([50]), *shared, total, 200, number)
         else:
-            weight = torch.ops.fxcompress_cpu.dense(*shared, number, 200, group, dtype)
+            weight = torch.ops.fxcompress_cpu.dense(*shared, 200, number)
             assert torch.equal(weight[:, :50], dense.to(dtype).t())
 
 
@@ -227,8 +228,8 @@ def test_several_terms_share_one_product() -> None:
     both = layout.pack([one, two])
     x = torch.randn(3, 96)
     y = torch.ops.fxcompress_cpu.linear(
-        *(x, both["weight"], both["scale"], both["zero"], None, None, None, None),
-        *(case.form.number(BEST), 31, 96, 48, torch.float32),
+        *(x, both["weight"], both["scale"], both["zero"], both["total"], None, None, None),
+        case.form.call_number(BEST, 48),
     )
     assert torch.equal(y, torch.cat([call(case, BEST, one, x), call(case, BEST, two, x)], dim=1))
 

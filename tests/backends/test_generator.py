@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from fxcompress.backends.cpu import isa as isa_module
-from fxcompress.backends.cpu.generator import KernelForm, flush_steps, render
+from fxcompress.backends.cpu.generator import (
+    DTYPES,
+    GROUP_SHIFT,
+    KernelForm,
+    flush_steps,
+    output_dtype,
+    render,
+)
 from fxcompress.backends.cpu.isa import (
     AVX2,
     AVX512_VNNI,
@@ -50,12 +57,21 @@ def all_forms() -> list[KernelForm]:
     return linear + others
 
 
+def test_numbers_tell_group_and_dtype() -> None:
+    for form in all_forms()[::5]:
+        number = form.call_number(AVX2, 32768)
+        assert number >> GROUP_SHIFT == 32768
+        assert number & ((1 << GROUP_SHIFT) - 1) == form.number(AVX2)
+        assert number < 2**63
+        assert DTYPES[output_dtype(number)] == form.output
+
+
 def test_numbers_and_titles_are_unique() -> None:
     forms = all_forms()
     assert len({form.title for form in forms}) == len(forms)
     numbers = {form.number(isa) for form in forms for isa in ISAS.values()}
     assert len(numbers) == len(forms) * len(ISAS)
-    assert max(numbers) < 2**63
+    assert max(numbers) < 1 << GROUP_SHIFT
 
 
 @pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fxcompress.backends.cpu import native
-from fxcompress.backends.cpu.isa import best_isa, processor_flags
+from fxcompress.backends.cpu.generator import KernelForm
+from fxcompress.backends.cpu.isa import AVX2, NEON, best_isa, processor_flags
 from fxcompress.backends.cpu.native import ensure_kernel, python_dense, python_embedding, python_linear
 from fxcompress.backends.cpu.tiled import tiled_layout
 from fxcompress.errors import BackendError
@@ -27,9 +28,8 @@ def arguments(index: int, x: torch.Tensor) -> tuple[object, ...]:
     term = random_term(20, 64, case)
     assert ensure_kernel(case.form, BEST) is None
     packed = tiled_layout(BEST).pack([term])
-    group = term.group_size
-    weights = (packed["weight"], packed["scale"], packed["zero"], None, None, None, None)
-    return (x, *weights, case.form.number(BEST), 20, 64, group, case.dtype)
+    weights = (packed["weight"], packed["scale"], packed["zero"], packed["total"], None, None, None)
+    return (x, *weights, case.form.call_number(BEST, term.group_size))
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -62,13 +62,29 @@ def test_export_and_inductor_see_one_node() -> None:
 
 def test_unknown_kernels_are_named() -> None:
     given = list(arguments(0, torch.randn(1, 64)))
-    given[8] = 12345
-    with pytest.raises(RuntimeError, match="form 12345 is not loaded"):
+    given[8] = CASES[0].form.number(NEON if BEST is not NEON else AVX2)
+    with pytest.raises(RuntimeError, match="is not loaded in this process"):
         ops.linear(*given)
-    with pytest.raises(BackendError, match="form 12345 is not loaded"):
+    with pytest.raises(BackendError, match="is not loaded in this process"):
         python_linear(*given)  # type: ignore[arg-type]
-    for function in (python_embedding, python_dense):
-        assert function.__doc__
+
+
+def test_python_calls_embeddings_and_dense() -> None:
+    term = random_term(50, 200, CASES[0])
+    packed = tiled_layout(BEST).pack([term])
+    shared = (packed["weight"], packed["scale"], packed["zero"])
+    indices = torch.tensor([[3, 49], [0, 3]])
+    for kind in ("embedding", "dense"):
+        form = KernelForm(kind, 4, True, True, None, 0, "float32", "float32")
+        assert ensure_kernel(form, BEST) is None
+        number = form.call_number(BEST, 64)
+        if kind == "dense":
+            assert torch.equal(python_dense(*shared, 200, number), ops.dense(*shared, 200, number))
+        else:
+            given = (*shared, packed["total"], 200, number)
+            assert torch.equal(python_embedding(indices, *given), ops.embedding(indices, *given))
+            with pytest.raises(IndexError, match="outside 0…49"):
+                python_embedding(torch.tensor([-1]), *given)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
@@ -77,7 +93,8 @@ def test_threads_are_torchs_own() -> None:
     program = """
 import os, torch
 from tests.backends.kernel_cases import QUICK, call, random_term
-from fxcompress.backends.cpu.isa import best_isa, processor_flags
+from fxcompress.backends.cpu.generator import KernelForm
+from fxcompress.backends.cpu.isa import AVX2, NEON, best_isa, processor_flags
 torch.set_num_threads(3)
 value = torch.randn(1 << 20)
 for _ in range(3): value.exp(); torch.randn(400, 400) @ torch.randn(400, 400)

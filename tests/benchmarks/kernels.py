@@ -1,7 +1,7 @@
 """Roofline table of linear kernels: generated ones beside ATen's and float32, taking turns in one run.
 
-For every shape, form and number of tokens: time, weight bytes read per second, operations per second, and both as
-a share of what this machine was measured to stream and to multiply in float32 (``torch.sum`` and ``torch.mm``).
+For every shape, form and number of tokens: time, weight bytes read and operations done per second, and both
+as a share of what this machine was measured to stream and multiply in float32 (``torch.sum``, ``torch.mm``).
 The constants of ``backends/cpu/selection.py`` and ``isa.py`` come from this table.
 
 Run: python -m tests.benchmarks.kernels [--shapes 8192x2048 576x1536] [--tokens 1 8 32 256] [--write]
@@ -76,12 +76,12 @@ def generated(weight: Tensor, bits: int, symmetric: bool, group: int, activation
     if (reason := ensure_kernel(form, isa)) is not None:
         raise SystemExit(reason)
     packed = tiled_layout(isa).pack([term])
-    operands = (packed["weight"], packed["scale"], packed.get("zero"), None, None, None, None)
-    tail = (form.number(isa), rows, columns, kernel_group(term.group_size, columns), torch.float32)
+    operands = (packed["weight"], packed["scale"], packed.get("zero"), packed["total"], None, None, None)
+    number = form.call_number(isa, kernel_group(term.group_size, columns))
     nbytes = sum(t.nbytes for t in operands if t is not None)
     operator = torch.ops.fxcompress_cpu.linear.default
     return Variant(
-        form.title.removesuffix("-float32-float32"), lambda x: operator(x, *operands, *tail), nbytes
+        form.title.removesuffix("-float32-float32"), lambda x: operator(x, *operands, number), nbytes
     )
 
 
@@ -192,8 +192,9 @@ def main() -> None:
                 )
                 table.append(row)
                 say(
-                    f"{shape:>10} M={tokens:<4} {row.name:28} {row.milliseconds:9.3f} ms {row.gigabytes:7.2f} GB/s"
-                    f" {row.gigaops:8.1f} GOP/s {row.streaming:6.0%} of streaming {row.peak:6.0%} of float32\n"
+                    f"{shape:>10} M={tokens:<4} {row.name:28} {row.milliseconds:9.3f} ms"
+                    f" {row.gigabytes:7.2f} GB/s {row.gigaops:8.1f} GOP/s"
+                    f" {row.streaming:6.0%} of streaming {row.peak:6.0%} of float32\n"
                 )
     if options.write:
         content = {
