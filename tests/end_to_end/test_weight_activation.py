@@ -1,4 +1,4 @@
-"""Presets of the weight-and-activation family on the real models: eager, compiled, saved and loaded."""
+"""The weight-and-activation family on the real models: eager, compiled, saved and loaded."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ import torch
 from torch import Tensor
 
 import fxcompress
+from fxcompress.presets import PRESETS
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 TEXTS = [
     "The capital of France is Paris, a city on the river Seine.",
     "Water boils at one hundred degrees, and ice melts at zero.",
 ]
-# Preset → largest relative error of the logits of the three-block model.
-LANGUAGE = {
-    "fp8": 0.05,
-    "fp8-static": 0.06,
-    "w8a8-outlier-split": 0.03,
-    "w8a8-outlier-columns": 0.03,
-    "w4a8-reorder": 0.2,
-    "w8a8-zeroquant": 0.05,
-    "w4a8-zeroquant": 0.2,
-    "qdq-int8": 0.2,
+# Recipe → largest relative error of the three-block model's logits, least similarity of sentence embeddings.
+BOUNDS = {
+    "fp8": (0.03, 0.995),  # 3 bits of mantissa: each of six layers adds some 3 %
+    "fp8-static": (0.03, 0.99),
+    "w8a8-outlier-split": (0.03, 0.995),
+    "w8a8-outlier-columns": (0.03, 0.995),
+    "w4a8-reorder": (0.2, 0.97),
+    "w4a8-zeroquant": (0.2, 0.95),
+    "qdq-int8": (0.2, 0.93),  # nearly all of it from one scale for a whole residual sum
 }
-ENCODER = {
-    "fp8": 0.995,
-    "fp8-static": 0.99,
-    "w8a8-outlier-split": 0.995,
-    "w8a8-outlier-columns": 0.995,
-    "w4a8-reorder": 0.97,
-    "w8a8-zeroquant": 0.99,
-    "w4a8-zeroquant": 0.95,
-    "qdq-int8": 0.97,
-}
+COMPILED = ("fp8", "w8a8-outlier-split", "w4a8-reorder")  # one each: floats, an opaque op, gathers
+
+
+def recipe(name: str) -> Any:
+    """The preset, with few training steps and clusters: what is tested is that everything fits together."""
+    quick = {"layer-distill": {"steps": 8}, "reorder-channels": {"clusters": 8}}
+    passes = []
+    for item in PRESETS[name]["passes"]:
+        key, options = (item, {}) if isinstance(item, str) else next(iter(item.items()))
+        passes.append({key: {**options, **quick.get(key, {})}})
+    return passes
 
 
 def difference(value: Tensor, expected: Tensor) -> float:
@@ -45,27 +46,32 @@ def difference(value: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", LANGUAGE)
-def test_language_model(preset: str, smollm_small: Any, smollm_tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", BOUNDS)
+def test_language_model(name: str, smollm_small: Any, smollm_tokenizer: Any, tmp_path: Path) -> None:
     ids = smollm_tokenizer(TEXTS[0], return_tensors="pt").input_ids
     expected = smollm_small(ids).logits
-    small = fxcompress.compress(smollm_small, preset, TEXTS, tokenizer=smollm_tokenizer, progress=False)
+    small = fxcompress.compress(
+        smollm_small, recipe(name), TEXTS, tokenizer=smollm_tokenizer, progress=False, verify="off"
+    )
     small.set_backend("eager")
-    eager = small(ids).logits
-    assert difference(eager, expected) < LANGUAGE[preset]
+    eager = small(ids, use_cache=True)
+    assert difference(eager.logits, expected) < BOUNDS[name][0]
     assert small.report.totals["ratio"] > 3.3
-    tokens = small.generate(input_ids=ids[:, :4], max_new_tokens=3, do_sample=False)
+    if name != "w8a8-outlier-split":  # what is an outlier there depends on all tokens of a call
+        first = small(ids[:, :-1], use_cache=True)
+        step = small(ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+        assert difference(step.logits[:, -1], eager.logits[:, -1]) < 1e-4
     small.save(tmp_path / "small")
     loaded = fxcompress.load(tmp_path / "small", backend="eager")
-    assert torch.equal(loaded(ids).logits, eager)
-    assert torch.equal(loaded.generate(input_ids=ids[:, :4], max_new_tokens=3, do_sample=False), tokens)
-    loaded.set_backend("inductor")
-    assert difference(loaded(ids).logits, eager) < 0.02
+    assert torch.equal(loaded(ids, use_cache=True).logits, eager.logits)
+    if name in COMPILED:
+        loaded.set_backend("inductor")
+        assert difference(loaded(ids, use_cache=True).logits, eager.logits) < 0.02
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", ENCODER)
-def test_encoder(preset: str, minilm: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", BOUNDS)
+def test_encoder(name: str, minilm: Any, tmp_path: Path) -> None:
     model, tokenizer = minilm
     inputs = dict(tokenizer(TEXTS, return_tensors="pt", padding=True))
 
@@ -74,11 +80,14 @@ def test_encoder(preset: str, minilm: Any, tmp_path: Path) -> None:
         mask = inputs["attention_mask"].unsqueeze(-1)
         return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
-    small = fxcompress.compress(model, preset, [inputs], example_inputs=inputs, progress=False)
+    small = fxcompress.compress(
+        model, recipe(name), [inputs], example_inputs=inputs, progress=False, verify="off"
+    )
     small.set_backend("eager")
     eager = embed(small)
-    assert float((eager * embed(model)).sum(-1).min()) >= ENCODER[preset]
+    assert float((eager * embed(model)).sum(-1).min()) >= BOUNDS[name][1]
     small.save(tmp_path / "small")
     assert torch.equal(embed(fxcompress.load(tmp_path / "small", backend="eager")), eager)
-    small.set_backend("inductor")
-    assert difference(embed(small), eager) < 0.02
+    if name == "w8a8-outlier-columns":
+        small.set_backend("inductor")
+        assert difference(embed(small), eager) < 0.02
