@@ -137,7 +137,7 @@ def compile_with_inductor(module: fx.GraphModule, fakes: Sequence[Any]) -> Calla
         return compiled
 
     with config.patch(size_asserts=False, alignment_asserts=False):
-        wrapped = compile_fx(module, list(fakes), inner_compile=inner)
+        wrapped = cast("Callable[..., Any]", compile_fx(module, list(fakes), inner_compile=inner))
     if len(graphs) == 1 and graphs[0][1] == len(fakes) and graphs[0][2]:
         return cast("Callable[[list[Any]], Any]", graphs[0][0])
     return lambda inputs: wrapped(*inputs)
