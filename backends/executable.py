@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcompress.apply import AppliedGraph, TensorRef
+from fxcompress.apply import AppliedGraph
 from fxcompress.backends.regions import Region
 from fxcompress.capture.program import Program
 from fxcompress.errors import BindingError
+from fxcompress.form_inputs import TensorRef
 from fxcompress.store import WeightStore
 
 # Given the real weights of a call by canonical name, the store that holds their packed form.

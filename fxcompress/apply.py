@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +27,8 @@ from fxcompress.capture.program import Program
 from fxcompress.compat import fake_mode_of
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError
+from fxcompress.form_inputs import FormInputs, GraphEmit, TensorRef
 from fxcompress.forms import (
-    Component,
-    Eager,
     FixedOutliers,
     OutlierColumns,
     OutlierSplit,
@@ -43,14 +41,6 @@ from fxcompress.forms import (
 logger = logging.getLogger(__name__)
 ops = torch.ops.fxcompress
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A tensor of a form that a graph takes as input: ``path`` inside the SiteForm of parameter ``name``."""
-
-    name: str
-    path: str
 
 
 @dataclass
@@ -123,9 +113,7 @@ class _Rewriter:
         self.graph = applied.module.graph
         self.state = state
         self.node_map = node_map
-        self.calls: dict[tuple[object, ...], Any] = {}
-        self.shared: dict[tuple[object, ...], TensorRef] = {}
-        self.form_nodes: dict[TensorRef, fx.Node] = {}
+        self.inputs = FormInputs(self.graph, state, applied.form_inputs)
 
     def rewrite(self, site: Site) -> None:
         form = self.state.forms.get(site.name)
@@ -170,7 +158,7 @@ class _Rewriter:
 
             def quantized(x: fx.Node, name: str = name, index: int = index, held: Any = held) -> Any:
                 before, value = self.node_map[edge.node], edge.value  # noqa: B023  (called at once)
-                emit = _GraphEmit(self, name, f"edges.{index}.quantizer", held.quantizer, before, x)
+                emit = GraphEmit(self.inputs, name, f"edges.{index}.quantizer", held.quantizer, before, x)
                 return held.quantizer.emit(x, _value_dtype(value), emit)
 
             node.args, node.kwargs = replace_argument(node, node.args, node.kwargs, edge.argument, quantized)
@@ -199,7 +187,7 @@ class _Rewriter:
         dtype = _value_dtype(site.weight_value)
         if term.layout.perm != (0, 1):
             return  # stored transposed: rows are not contiguous, the generic path serves
-        emit = _GraphEmit(self, site.name, "terms.0", term, node)
+        emit = GraphEmit(self.inputs, site.name, "terms.0", term, node)
         codes, scale = emit.tensor("codes"), emit.tensor("scale")
         zero = emit.tensor("zero") if term.zero is not None else None
         with self.graph.inserting_before(node):
@@ -245,15 +233,15 @@ class _Rewriter:
         if not found_at_run_time and not chosen:
             return False
         x, dtype = self._transformed(site, node, form)
-        emit = _GraphEmit(self, site.name, "activation", quantizer, node, x)
+        emit = GraphEmit(self.inputs, site.name, "activation", quantizer, node, x)
         coarse, fine = quantizer.split(x, dtype, emit)
         y = self._product(site, node, coarse, terms[:1])
         if chosen:
-            values = _GraphEmit(self, site.name, "terms.1", side[0], node).tensor("values")
+            values = GraphEmit(self.inputs, site.name, "terms.1", side[0], node).tensor("values")
             target: Any = aten.linear.default
             args: tuple[Any, ...] = (fine, values)
         else:
-            tensors = _GraphEmit(self, site.name, "terms.0", main, node)
+            tensors = GraphEmit(self.inputs, site.name, "terms.0", main, node)
             zero = tensors.tensor("zero") if main.zero is not None else None
             packed = (tensors.tensor("codes"), tensors.tensor("scale"), zero)
             shape = (list(main.shape), list(main.perm))
@@ -279,7 +267,7 @@ class _Rewriter:
             raise BackendError(
                 f"{site.name}: a {site.kind.value} site without a bias cannot be given one in this version."
             )
-        bias = self.form_input(TensorRef(site.name, "bias"))
+        bias = self.inputs.node(TensorRef(site.name, "bias"))
         with self.graph.inserting_before(node):
             bias = self.graph.call_function(aten.to.dtype, (bias, _value_dtype(site.node)))
         if site.bias_node is not None:
@@ -314,7 +302,7 @@ class _Rewriter:
         x = self.node_map[site.input]
         new, dtype = self._transformed(site, node, form)
         if form.activation is not None:
-            emit = _GraphEmit(self, site.name, "activation", form.activation, node, new)
+            emit = GraphEmit(self.inputs, site.name, "activation", form.activation, node, new)
             new = form.activation.emit(new, dtype, emit)
         if new is not x:
             node.args = tuple(
@@ -334,7 +322,7 @@ class _Rewriter:
     def _transform(self, name: str, form: SiteForm, x: Any, dtype: torch.dtype, before: fx.Node) -> Any:
         """``x`` after the input transforms of a form."""
         for index, transform in enumerate(form.transform_in):
-            emit = _GraphEmit(self, name, f"transform_in.{index}", transform, before, x)
+            emit = GraphEmit(self.inputs, name, f"transform_in.{index}", transform, before, x)
             x = transform.emit(x, dtype, emit)
         return x
 
@@ -342,81 +330,13 @@ class _Rewriter:
         """The dequantized weight, computed right before its use so that it lives no longer than needed."""
         total: fx.Node | None = None
         for index, term in enumerate(terms):
-            part: fx.Node = term.emit(dtype, _GraphEmit(self, name, f"terms.{index}", term, before))
+            part: fx.Node = term.emit(dtype, GraphEmit(self.inputs, name, f"terms.{index}", term, before))
             self.applied.dequantized[part] = name
             with self.graph.inserting_before(before):
                 total = part if total is None else self.graph.call_function(aten.add.Tensor, (total, part))
         if total is None:
             raise BackendError(f"{name}: the form has no weight terms.")
         return total
-
-    def form_input(self, ref: TensorRef) -> fx.Node:
-        if ref not in self.form_nodes:
-            with self.graph.inserting_before(self._first_node()):
-                node = self.graph.placeholder(f"form_{len(self.form_nodes)}")
-            node.meta["val"] = form_tensor(self.state, ref).to("meta")
-            self.form_nodes[ref] = node
-            self.applied.form_inputs[node.name] = ref
-        return self.form_nodes[ref]
-
-    def _first_node(self) -> fx.Node:
-        first: fx.Node = next(iter(self.graph.nodes))
-        return first
-
-
-@dataclass(frozen=True)
-class _GraphEmit:
-    """Turns the calls of one component into nodes.
-
-    Args:
-        rewriter: Whose graph.
-        name: Parameter whose form holds the component.
-        path: Where in the form.
-        component: The component.
-        before: New nodes come before this one.
-        of: The activation it acts on. Sites with the same input share what acts alike on it: equal tensors of
-            their forms are one input of the graph, equal calls one node. None (a weight) shares nothing.
-    """
-
-    rewriter: _Rewriter
-    name: str
-    path: str
-    component: Component
-    before: fx.Node
-    of: Any = None
-
-    def call(self, target: Any, *args: Any) -> Any:
-        """A node (a tuple of them for several results) in place of the call."""
-        key = (target, *map(_hashable, args))
-        if self.of is None or key not in self.rewriter.calls:
-            graph = self.rewriter.graph
-            with graph.inserting_before(self.before):
-                made: Any = graph.call_function(target, args)
-                results = len(target._schema.returns)
-                if results > 1:
-                    made = tuple(graph.call_function(operator.getitem, (made, i)) for i in range(results))
-            if self.of is None:
-                return made
-            self.rewriter.calls[key] = made
-        return self.rewriter.calls[key]
-
-    def tensor(self, field: str) -> fx.Node:
-        """The graph input that takes the tensor."""
-        ref = TensorRef(self.name, f"{self.path}.{field}")
-        if self.of is not None:
-            value = Eager(self.component).tensor(field)
-            key = (self.of, value.dtype, tuple(value.shape), tensor_bytes(value))
-            ref = self.rewriter.shared.setdefault(key, ref)
-        return self.rewriter.form_input(ref)
-
-
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """The tensor's values in row-major order, as bytes."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _hashable(argument: Any) -> object:
-    return tuple(map(_hashable, argument)) if isinstance(argument, list | tuple) else argument
 
 
 _REMOVABLE = {
@@ -430,16 +350,6 @@ _REMOVABLE = {
     aten.to.device,
     aten.alias.default,
 }
-
-
-def form_tensor(state: CompressionState, ref: TensorRef) -> torch.Tensor:
-    """The tensor a :class:`TensorRef` names."""
-    value: object = state.forms[ref.name]
-    for step in ref.path.split("."):
-        value = value[int(step)] if isinstance(value, tuple) else getattr(value, step)
-    if not isinstance(value, torch.Tensor):
-        raise BackendError(f"{ref.name}: {ref.path} is no tensor of its form.")
-    return value
 
 
 def _input_position(node: fx.Node) -> int:

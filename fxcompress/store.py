@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fxcompress.apply import TensorRef, form_tensor
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BindingError
+from fxcompress.form_inputs import TensorRef, form_tensor
 from fxcompress.forms import QuantizedWeight
 
 

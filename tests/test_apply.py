@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.apply import apply_state, form_tensor
+from fxcompress.apply import apply_state
 from fxcompress.calibration.walk import Plan, Walk
 from fxcompress.capture.export import capture_model
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState, Edit, SetActivation, SetTransform, SetWeight
 from fxcompress.errors import BackendError
+from fxcompress.form_inputs import form_tensor
 from fxcompress.formats.integer import IntFormat, quantize_to_term
 from fxcompress.forms import DynamicPerToken, Scale, Shift, WeightLayout
 from tests.passes.models import Language

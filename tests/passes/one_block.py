@@ -90,7 +90,7 @@ class OneBlock:
         found: dict[Edge, Statistics] = {}
         for edge in edges:
             statistics = ActivationStatistics(edge.anchor)
-            for inputs in self.inputs:
+            for inputs in self.data:
                 x = self.values(inputs, [edge.value])[edge.value.name]
                 statistics.update(x.reshape(-1, x.shape[-1]))
             found[edge] = statistics

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.apply import apply_state, form_tensor
+from fxcompress.apply import apply_state
 from fxcompress.calibration import as_calibration
 from fxcompress.edits import SetEdge
 from fxcompress.errors import RecipeError
+from fxcompress.form_inputs import form_tensor
 from fxcompress.forms import (
     DynamicPerGroup,
     DynamicPerToken,
@@ -49,7 +50,7 @@ def rewritten(block: OneBlock) -> Tensor:
             call.append(form_tensor(block.state, applied.form_inputs[node.name]))
         else:
             name = block.program.weight_of.get(node.name)
-            call.append(block.inputs[0][0] if name is None else block.program.weights[name])
+            call.append(block.data[0][0] if name is None else block.program.weights[name])
     with torch.no_grad():
         value: Tensor = applied.module(*call)[0]
     return value
@@ -70,7 +71,7 @@ def by_hand(block: OneBlock) -> Tensor:
         assert len(found) == 1
         return apply_quantizer(x, found[0].quantizer)
 
-    x = block.inputs[0][0]
+    x = block.data[0][0]
     values = [edge(linear(x, n), n, a) for n, a in (("q", "query"), ("k", "key"), ("v", "value"))]
     x = x + linear(F.scaled_dot_product_attention(*values), "o")  # the model's input has no name
     weights = block.program.weights
