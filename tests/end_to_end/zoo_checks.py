@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress import CompressedModel
+from fxcompress.forms import Scale
 from tests.zoo import ZooEntry, scores
 
 W4A16 = [{"quantize-weights": {"bits": 4, "group_size": 16}}, "fuse-siblings"]
@@ -28,7 +29,11 @@ def dense_copy(model: nn.Module, small: CompressedModel) -> nn.Module:
         for name in small.artifact.forms:
             form = small.artifact.forms[name]
             if form.terms:
-                dense.get_parameter(name).copy_(form.dense(torch.float32))
+                value, layout = form.dense(torch.float32), form.terms[0].layout
+                for transform in form.transform_in:  # factors of the columns that the weight was divided by
+                    assert isinstance(transform, Scale)
+                    value = layout.from_matrix(layout.to_matrix(value) * transform.factor)
+                dense.get_parameter(name).copy_(value)
     return dense
 
 

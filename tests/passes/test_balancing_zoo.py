@@ -1,6 +1,6 @@
 """Every balancing pass leaves every architecture's function unchanged: the manager's proof, to 1e-9.
 
-A few architectures run always, all of them with ``-m slow``.
+A few architectures take every pass, all others the two that reach furthest.
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ PASSES = (
     SuppressOutliers(steps=3, tokens=32),
 )
 
+# Between them they take every group and every kind of edit.
+WIDEST = (PASSES[0], PASSES[3])
 
-def check(model: Any, inputs: dict[str, Any]) -> list[float]:
-    """Prove every pass on one model; returns the differences. A pass may find nothing to scale."""
+
+def check(model: Any, inputs: dict[str, Any], passes: tuple[Any, ...]) -> list[float]:
+    """Prove the passes on one model; returns the differences. A pass may find nothing to scale."""
     program = capture_model(model, kwargs=inputs)
     with torch.no_grad():
         for name, weight in program.weights.items():
-            if name in program.parameters and weight.dim() == 1 and weight.numel() > 4:
+            vector = name in program.parameters and weight.dim() == 1 and weight.numel() > 4
+            if vector and "lambda" not in name:  # those are exponents of differential attention
                 weight[1] += 20.0  # a channel worth moving
     data = as_calibration([inputs], program)
     found = []
-    for method in PASSES:
+    for method in passes:
         try:
             report = run_recipe(program, [method], data).report
         except CoverageError:
@@ -47,8 +51,8 @@ def check(model: Any, inputs: dict[str, Any]) -> list[float]:
     return found
 
 
-def zoo(animal: ZooEntry) -> list[float]:
-    return check(animal.build(), dict(animal.inputs()))
+def zoo(animal: ZooEntry, passes: tuple[Any, ...] = PASSES) -> list[float]:
+    return check(animal.build(), dict(animal.inputs()), passes)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -65,7 +69,7 @@ def test_a_few_architectures(name: str) -> None:
     ids=lambda animal: str(animal.name),
 )
 def test_all_architectures(animal: ZooEntry) -> None:
-    assert max(zoo(animal), default=0.0) <= 1e-9
+    assert max(zoo(animal, WIDEST), default=0.0) <= 1e-9
 
 
 @pytest.mark.real_model
