@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ],
     },
     "w4a8": {
-        "summary": "4-bit weights in groups of 64, 8-bit activations per token; needs no data, fastest decoding",
+        "summary": "4-bit weights in groups of 64, 8-bit activations per token; no data, fastest decoding",
         "passes": [
             {"quantize-weights": {"bits": 4, "group_size": 64, "search": True}},
             {"quantize-activations": {"bits": 8, "mode": "dynamic"}},
