@@ -87,7 +87,7 @@ def test_a_row_of_codes_does_not_depend_on_its_neighbours() -> None:
 
 @pytest.mark.parametrize("case", QUICK, ids=name)
 def test_any_thread_count_gives_the_same_bits(case: Case) -> None:
-    term = random_term(100, 130, case)
+    term = random_term(1100, 130, case)  # large enough for several threads, even for one token
     for tokens in (1, 40):
         x = torch.randn(tokens, 130)
         results = []
