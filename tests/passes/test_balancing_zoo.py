@@ -33,7 +33,7 @@ def check(model: Any, inputs: dict[str, Any]) -> list[float]:
     with torch.no_grad():
         for name, weight in program.weights.items():
             if name in program.parameters and weight.dim() == 1 and weight.numel() > 4:
-                weight[1] += 20.0  # a channel worth moving
+                weight[1] += 4.0  # a channel worth moving; an exponential of two such is still finite
     data = as_calibration([inputs], program)
     found = []
     for method in PASSES:
