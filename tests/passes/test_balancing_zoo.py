@@ -35,9 +35,8 @@ def check(model: Any, inputs: dict[str, Any], passes: tuple[Any, ...]) -> list[f
     program = capture_model(model, kwargs=inputs)
     with torch.no_grad():
         for name, weight in program.weights.items():
-            vector = name in program.parameters and weight.dim() == 1 and weight.numel() > 4
-            if vector and "lambda" not in name:  # those are exponents of differential attention
-                weight[1] += 20.0  # a channel worth moving
+            if name in program.parameters and weight.dim() == 1 and weight.numel() > 4:
+                weight[1] += 4.0  # a channel worth moving; an exponential of two such is still finite
     data = as_calibration([inputs], program)
     found = []
     for method in passes:
