@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fxcompress
+from fxcompress.backends.cpu.selection import this_machine
 
 pytestmark = pytest.mark.real_model
 
@@ -45,12 +46,13 @@ def test_compiled_backend_uses_kernels_and_little_memory(smollm_small: Any, batc
     reference.set_backend("eager")
     logits, expected = small(**batch).logits, reference(**batch).logits
     keep = batch["attention_mask"].bool()
-    assert float((logits - expected)[keep].norm() / expected[keep].norm()) < 0.02
+    bound = 0.02 if this_machine().bfloat16 else 1e-5  # prefill may multiply in bfloat16 where that is fast
+    assert float((logits - expected)[keep].norm() / expected[keep].norm()) < bound
     one = {"input_ids": batch["input_ids"][:1, -1:]}
     assert small(**one).logits.shape[1] == 1
     assert small.resident_bytes() < 0.26 * dense_bytes  # mostly the 8-bit embedding in this cut-down model
     chosen = set(small.explain().values())
-    assert chosen & {"ATen int4 weight-only", "int4 → bfloat16, oneDNN"}
+    assert all(text.startswith("generated ") for text in chosen), chosen
     assert not any(":" in text for text in chosen), chosen  # no site fell back
 
 
