@@ -24,7 +24,7 @@ from fxcompress.analysis.op_arguments import replace_argument
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.sites import find_sites
 from fxcompress.capture.program import Program
-from fxcompress.compat import fake_mode_of
+from fxcompress.capture.values import infer_values
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError
 from fxcompress.form_inputs import FormInputs, GraphEmit, TensorRef
@@ -33,6 +33,7 @@ from fxcompress.forms import (
     OutlierColumns,
     OutlierSplit,
     QuantizedWeight,
+    Scale,
     SiteForm,
     SplitQuantizer,
     WeightTerm,
@@ -80,29 +81,10 @@ def apply_state(
         rewriter.rewrite(site)
     rewriter.edges(program)
     rewriter.finish(program)
-    _annotate(graph)
+    infer_values(graph)
     graph.lint()
     module.recompile()
     return applied
-
-
-def _annotate(graph: fx.Graph) -> None:
-    """Give the inserted nodes the ``meta["val"]`` that every node of a graph has."""
-    mode = fake_mode_of([node.meta.get("val") for node in graph.nodes])
-    if mode is None:
-        return
-
-    def value(node: fx.Node) -> Any:
-        val = node.meta["val"]
-        if isinstance(val, torch.Tensor) and val.device.type == "meta":
-            val = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype)
-        return val
-
-    with mode, torch.no_grad():
-        for node in graph.nodes:
-            if node.op == "call_function" and "val" not in node.meta:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                node.meta["val"] = node.target(*args, **kwargs)
 
 
 class _Rewriter:
@@ -114,6 +96,7 @@ class _Rewriter:
         self.state = state
         self.node_map = node_map
         self.inputs = FormInputs(self.graph, state, applied.form_inputs)
+        self.reads_parameter: set[fx.Node] = set()  # readers that expect the value without input transforms
 
     def rewrite(self, site: Site) -> None:
         form = self.state.forms.get(site.name)
@@ -135,6 +118,8 @@ class _Rewriter:
             # every other use reads the dequantized parameter: see finish()
         if form.transform_in and site.kind is SiteKind.EMBEDDING:
             self._looked_up(site, form)
+        elif form.transform_in and not site.takes_activation:
+            self.reads_parameter.add(self.node_map[(*site.chain, site.node)[0]])
         if form.bias is not None:
             self._bias(site)
         if form.transform_out:
@@ -173,7 +158,10 @@ class _Rewriter:
                 continue
             node = self.node_map[placeholder]
             for user in list(node.users):
-                dense = self._dense(name, self.state.forms[name].terms, program.weights[name].dtype, user)
+                form, dtype = self.state.forms[name], program.weights[name].dtype
+                dense = self._dense(name, form.terms, dtype, user)
+                if user in self.reads_parameter:
+                    dense = self._without_transforms(name, form, dense, dtype, user)
                 user.replace_input_with(node, dense)
         for node in reversed(list(self.graph.nodes)):
             unread = not node.users and node.op != "output"
@@ -325,6 +313,27 @@ class _Rewriter:
             emit = GraphEmit(self.inputs, name, f"transform_in.{index}", transform, before, x)
             x = transform.emit(x, dtype, emit)
         return x
+
+    def _without_transforms(
+        self, name: str, form: SiteForm, dense: fx.Node, dtype: torch.dtype, user: fx.Node
+    ) -> Any:
+        """The parameter's own value, for a use without an input to transform: ``terms · diag(factor)``."""
+        layout = getattr(form.terms[0], "layout", None)
+        turned = layout is not None and layout.perm == (1, 0)
+        if not all(isinstance(transform, Scale) for transform in form.transform_in) or not (
+            turned or (layout is not None and layout.perm == (0, 1))
+        ):
+            raise BackendError(
+                f"{name}: {user.target} reads the weight in a way that its input transforms"
+                f" ({', '.join(t.describe() for t in form.transform_in)}) cannot be undone for.",
+                fix="keep this weight out of the pass that transforms its input.",
+            )
+
+        def transposed(value: Any) -> Any:
+            with self.graph.inserting_before(user):
+                return self.graph.call_function(aten.t.default, (value,)) if turned else value
+
+        return transposed(self._transform(name, form, transposed(dense), dtype, user))
 
     def _dense(self, name: str, terms: Sequence[WeightTerm], dtype: torch.dtype, before: fx.Node) -> fx.Node:
         """The dequantized weight, computed right before its use so that it lives no longer than needed."""

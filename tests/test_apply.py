@@ -136,3 +136,34 @@ def test_a_bias_that_cannot_be_added_is_an_error() -> None:
     state.apply(SetTransform("weight", bias=torch.zeros(4)), "test")
     with pytest.raises(BackendError, match="weight: a conv site without a bias cannot be given one"):
         apply_state(program, state)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_use_without_an_input_reads_the_parameter_itself(turned: bool) -> None:
+    """A graph compiled later may use a weight in ways that the one the recipe saw did not."""
+
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(WIDTH, 4) if turned else torch.randn(4, WIDTH))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x @ (self.matrix if turned else self.matrix.t()), self.matrix.abs().sum(0)
+
+    model = Penalised()
+    program = capture_model(model, (torch.randn(2, WIDTH),))
+    factor = torch.rand(WIDTH) + 0.5
+    value = model.matrix.detach() / (factor[:, None] if turned else factor)
+    layout = WeightLayout((WIDTH, 4), (1, 0)) if turned else WeightLayout.rows((4, WIDTH))
+    term = quantize_to_term(value, layout, IntFormat(8, True, 0))
+    state = CompressionState(program.weights)
+    for edit in (SetWeight("matrix", (term,)), SetTransform("matrix", (Scale(factor),))):
+        state.apply(edit, "test")
+    x = torch.randn(3, WIDTH)
+    (product, total), _ = rewritten(program, state, x)
+    wanted_product, wanted_total = model(x)
+    torch.testing.assert_close(product, wanted_product, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(total, wanted_total, rtol=0.02, atol=0.02)
+    state.apply(SetTransform("matrix", (Shift(factor),)), "test")
+    with pytest.raises(BackendError, match=r"matrix: .*cannot be undone.*\n?.*"):
+        apply_state(program, state)

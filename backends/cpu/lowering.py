@@ -174,6 +174,14 @@ def _group_spec(group: Sequence[fx.Node]) -> LinearSpec | None:
     return spec
 
 
+# Operator → how it quantizes, position of the width among its arguments.
+_QUANTIZERS: dict[Any, tuple[str, int]] = {
+    ops.quantize_per_token.default: ("dynamic", 1),
+    ops.quantize_outlier_split.default: ("dynamic", 1),
+    ops.quantize_per_tensor.default: ("static", 3),
+}
+
+
 def _quantize_of(dequantize: fx.Node) -> fx.Node:
     """The ``quantize_*`` node behind a ``dequantize_activation`` node."""
     node = dequantize.args[0]
@@ -189,8 +197,10 @@ def _activation(x: fx.Node) -> tuple[str | None, int]:
     if x.target is not ops.dequantize_activation.default:
         return None, 8
     quantize = _quantize_of(x)
-    mode = {ops.quantize_per_token.default: "dynamic", ops.quantize_per_tensor.default: "static"}
-    return mode[quantize.target], int(cast("int", quantize.args[-1]))  # type: ignore[index]
+    if quantize.target not in _QUANTIZERS:
+        return None, 8  # no kernel takes its codes: the values they stand for are multiplied
+    mode, position = _QUANTIZERS[quantize.target]
+    return mode, int(cast("int", quantize.args[position]))
 
 
 def _tokens(node: fx.Node) -> int | None:
@@ -287,10 +297,17 @@ class LoweringInterpreter(fx.Interpreter):
     def _quantized(self, x: fx.Node) -> QuantizedInput | None:
         if x.target is not ops.dequantize_activation.default:
             return None
+        quantize = _quantize_of(x)
+        if quantize.target not in _QUANTIZERS:
+            return None
         codes, scale, zero = (None if a is None else self._value(a) for a in x.args[:3])  # type: ignore[arg-type]
         assert codes is not None
         assert scale is not None
-        return QuantizedInput(codes, scale, zero, self._value(cast("fx.Node", _quantize_of(x).args[0])))
+        source = self._value(cast("fx.Node", quantize.args[0]))
+        if quantize.target is ops.quantize_outlier_split.default:
+            outliers: Tensor = self.env[quantize][2]
+            source = torch.where(outliers != 0, 0, source)  # what is left for the codes; NaN is an outlier
+        return QuantizedInput(codes, scale, zero, source)
 
     def _value(self, node: fx.Node) -> Tensor:
         value = self.env[node]

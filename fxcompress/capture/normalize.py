@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
+aten = torch.ops.aten
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _ASSERTIONS = frozenset(
     {
         "aten::_assert_tensor_metadata",
@@ -19,7 +22,7 @@ _ASSERTIONS = frozenset(
 
 
 def normalize(module: fx.GraphModule, weight_of: Mapping[str, str]) -> fx.GraphModule:
-    """Drop assertions and guards, merge the placeholders of a tied weight, remove dead code.
+    """Drop assertions and guards, merge placeholders of a tied weight, unbroadcast matrices, drop dead code.
 
     Assertions repeat what capture already checked; they would refuse a float64 run of a float32 graph.
     """
@@ -32,10 +35,34 @@ def normalize(module: fx.GraphModule, weight_of: Mapping[str, str]) -> fx.GraphM
                 node.replace_all_uses_with(kept)
         elif _is_assertion(node):
             graph.erase_node(node)
+        elif node.target is aten.bmm.default:
+            _unbroadcast(node)
     _drop_dead_code(graph)
     graph.lint()
     module.recompile()
     return module
+
+
+def _unbroadcast(node: fx.Node) -> None:
+    """``bmm(x, expand(W, [B, K, N]))``, which tracing makes of strided activations → ``matmul(x, W)``."""
+    value = node.args[1]
+    while (
+        isinstance(value, fx.Node)
+        and value.target in _VIEWS
+        and isinstance(value.args[0], fx.Node)
+        and _shape(value) == _shape(value.args[0])
+    ):
+        value = value.args[0]
+    if not isinstance(value, fx.Node) or value.target is not aten.expand.default:
+        return
+    matrix, shape = value.args[0], _shape(value)
+    if isinstance(matrix, fx.Node) and shape is not None and _shape(matrix) == shape[1:] and len(shape) == 3:
+        node.target, node.args = aten.matmul.default, (node.args[0], matrix)
+
+
+def _shape(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
 def _is_assertion(node: fx.Node) -> bool:

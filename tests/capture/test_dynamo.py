@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxcompress.analysis.sites import SiteKind, find_sites
 from fxcompress.capture import Program, program_from_dynamo
 from fxcompress.capture.dynamo import qualified_name
 from tests.zoo import entry
@@ -71,3 +72,21 @@ def test_scan_models_are_traced_without_lost_values() -> None:
     values = [animal.inputs()["input_ids"]] if len(program.inputs) == 1 else None
     assert values is not None
     torch.testing.assert_close(program.run_flat(values)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_stays_one_when_activations_are_strided() -> None:
+    """Tracing spells ``linear`` of strided activations as a batched product with the expanded weight."""
+    model = nn.Linear(6, 4, bias=False)
+    recorder = Recorder()
+
+    def step(x: Tensor) -> Tensor:
+        return model(x[:, -1:])
+
+    torch.compile(step, backend=recorder, dynamic=False)(torch.randn(2, 5, 6))
+    (program,) = recorder.programs
+    (site,) = find_sites(program)
+    assert site.kind is SiteKind.LINEAR
+    assert not any(n.target is torch.ops.aten.bmm.default for n in program.graph.nodes)
+    x = torch.randn(2, 5, 6)
+    given = [model.weight if n.name in program.weight_of else x for n in program.placeholders()]
+    torch.testing.assert_close(program.graph_module(*given)[0], step(x))
