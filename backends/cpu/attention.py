@@ -1,10 +1,9 @@
-"""Attention of one query per head, as decoding does it.
+"""Attention on the CPU: a generated kernel, or two products for one query where there is no compiler.
 
     sdpa(q, repeat(k), repeat(v), mask)  →  softmax(scale · q kᵀ + mask) v,   query heads grouped by key head
 
-The fused ATen kernel is made for many queries; for one it spends its time on set-up, and grouped-query
-models copy every key and value once per query head to call it. Two small products on the keys as they lie in
-the cache read them once.
+The fused ATen kernel takes keys and values repeated once per query head, spends its time on set-up when there
+is one query, and multiplies what a mask hides when there are many.
 """
 
 from __future__ import annotations
@@ -16,52 +15,105 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxcompress.backends.cpu.generator import DTYPES, AttentionForm
+from fxcompress.backends.cpu.isa import Isa
+from fxcompress.backends.cpu.native import ensure_kernel
+
 aten = torch.ops.aten
 
 _COPIES = (aten.clone.default, aten.contiguous.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def decodes(node: fx.Node) -> bool:
-    """Whether ``node`` is an attention of exactly one query without dropout or built-in causal mask."""
-    if node.target is not aten.scaled_dot_product_attention.default or len(node.args) > 5:
-        return False
-    if node.kwargs.get("dropout_p", 0.0) or node.kwargs.get("is_causal", False):
-        return False
-    if len(node.args) == 5 and node.args[4]:
-        return False
-    query, key, value = (_tensor(argument) for argument in node.args[:3])
-    if query is None or key is None or value is None or {query.dim(), key.dim(), value.dim()} != {4}:
-        return False
-    mask = _tensor(node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask"))
-    if mask is not None and mask.dim() not in (2, 4):
-        return False
-    heads = [tensor.shape[1] for tensor in (query, key, value)]
-    return _is_one(query.shape[2]) and all(map(_is_known, heads))
-
-
-def attend(node: fx.Node, value_of: Callable[[Any], Any]) -> Tensor:
-    """Compute a node for which :func:`decodes` holds.
+def lower(node: fx.Node, value_of: Callable[[Any], Any], isa: Isa) -> Tensor | None:
+    """Compute an attention better than ATen does, or None to leave it to ATen.
 
     Args:
-        node: ``scaled_dot_product_attention``; query ``[B, H, 1, D]``, key and value ``[B, H, S, D]`` or,
-            before they are repeated, ``[B, H / G, S, D]``.
+        node: Any node.
         value_of: Value of an argument in the running graph.
+        isa: Instruction set to generate for.
 
     Returns:
-        ``[B, H, 1, D]``.
+        ``[B, H, Q, V]``.
     """
-    query: Tensor = value_of(node.args[0])
+    if not _is_plain(node):
+        return None
+    query = _tensor(node.args[0])
+    assert query is not None
+    if query.dtype in DTYPES:
+        form = AttentionForm(DTYPES[query.dtype])
+        if ensure_kernel(form, isa) is None:
+            return _generated(node, value_of, form.number(isa))
+    return _two_products(node, value_of) if _decodes(node) else None
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether ``node`` is an attention of batched heads without dropout."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return False
+    if node.kwargs.get("dropout_p", 0.0) or (len(node.args) > 4 and node.args[4]):
+        return False
+    operands = [_tensor(argument) for argument in node.args[:3]]
+    if any(tensor is None or tensor.dim() != 4 or tensor.device.type != "cpu" for tensor in operands):
+        return False
+    query, key, value = (tensor for tensor in operands if tensor is not None)
+    mask = _tensor(_mask(node))
+    if mask is not None and not (mask.dim() in (2, 4) and mask.dtype in (torch.bool, *DTYPES)):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        return False
+    known = [*(t.shape[1] for t in (query, key, value)), *(t.shape[3] for t in (query, key, value))]
+    return query.dtype == key.dtype == value.dtype and all(isinstance(size, int) for size in known)
+
+
+def _mask(node: fx.Node) -> Any:
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+
+
+def _causal(node: fx.Node) -> bool:
+    return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
+
+
+def _keys_and_values(node: fx.Node, value_of: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, H / G, S, D]`` before they are repeated, where both are."""
     key, value = (value_of(before_repeating(argument)) for argument in node.args[1:3])
     if key.shape[1] != value.shape[1]:
         key, value = (value_of(argument) for argument in node.args[1:3])
-    mask = value_of(node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask"))
+    return key, value
+
+
+def _scale(node: fx.Node, width: int) -> float:
     scale = node.kwargs.get("scale")
+    return 1 / math.sqrt(width) if scale is None else float(scale)  # type: ignore[arg-type]
+
+
+def _generated(node: fx.Node, value_of: Callable[[Any], Any], number: int) -> Tensor:
+    query: Tensor = value_of(node.args[0])
+    key, value = _keys_and_values(node, value_of)
+    mask = value_of(_mask(node))
+    if mask is not None:
+        mask = mask if mask.dtype is torch.bool else mask.to(torch.float32)
+        mask = mask if mask.dim() == 4 else mask[None, None]
+    scale = _scale(node, query.shape[3])
+    found: Tensor = torch.ops.fxcompress_cpu.attend(query, key, value, mask, _causal(node), scale, number)
+    return found
+
+
+def _decodes(node: fx.Node) -> bool:
+    """Whether a plain attention has exactly one query and no built-in mask."""
+    query = _tensor(node.args[0])
+    return query is not None and _is_one(query.shape[2]) and not _causal(node)
+
+
+def _two_products(node: fx.Node, value_of: Callable[[Any], Any]) -> Tensor:
+    """Two small products on the keys as they lie in the cache; they read them once."""
+    query: Tensor = value_of(node.args[0])
+    key, value = _keys_and_values(node, value_of)
+    mask = value_of(_mask(node))
     batch, heads, _, width = query.shape
     groups = heads // key.shape[1]
     grouped = query.reshape(batch, key.shape[1], groups, width)
-    factor = 1 / math.sqrt(width) if scale is None else scale
-    scores = (grouped @ key.transpose(2, 3)).float() * factor  # [B, H / G, G, S]
+    scores = (grouped @ key.transpose(2, 3)).float() * _scale(node, width)  # [B, H / G, G, S]
     if mask is not None:
         if mask.dim() == 4 and not _is_one(mask.shape[1]):
             mask = mask.reshape(mask.shape[0], key.shape[1], groups, mask.shape[3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,8 @@ from fxcompress.errors import BackendError
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-ABI_VERSION = 1
-"""Raised whenever ``templates/arguments.j2`` or the meaning of the packed tensors changes."""
+ABI_VERSION = 2
+"""Raised whenever ``templates/*arguments.j2`` or the meaning of the packed tensors changes."""
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "float32",
@@ -24,7 +25,7 @@ DTYPES: dict[torch.dtype, str] = {
 }
 GROUP_SHIFT = 34  # bits of a kernel number
 OUTPUT_SHIFT = 12  # where the output's dtype lies in it
-_KINDS = ("linear", "embedding", "dense")
+_KINDS = ("linear", "embedding", "dense", "attention")
 _ACTIVATIONS = (None, "dynamic", "static")
 _SUM_LIMIT = 32767  # of a signed 16-bit sum
 _NO_FLUSH = 1 << 20
@@ -90,23 +91,13 @@ class KernelForm:
 
     def number(self, isa: Isa) -> int:
         """The kernel of this form on ``isa`` as one integer below 2**34, equal in every process."""
-        dtypes = list(DTYPES.values())
-        fields = (  # (value, bits), highest first
-            (_KINDS.index(self.kind), 4),
-            (self.bits, 4),
-            (self.has_zero, 1),
-            (self.grouped, 1),
-            (_ACTIVATIONS.index(self.activation), 2),
-            (self.activation_bits, 4),
-            (dtypes.index(self.input), 3),
-            (dtypes.index(self.output), 3),
-            (isa.code, 4),
-            (ABI_VERSION, 8),
-        )
-        number = 0
-        for value, width in fields:
-            number = number << width | int(value)
-        return number
+        activation = (_ACTIVATIONS.index(self.activation), self.activation_bits)
+        weight = (self.bits, self.has_zero, self.grouped, *activation)
+        return _number(self.kind, weight, self.input, self.output, isa)
+
+    def render(self, isa: Isa) -> str:
+        """See :func:`render`."""
+        return render(self, isa)
 
     def call_number(self, isa: Isa, group: int) -> int:
         """What operators take as ``form``: the kernel's number, and the group size in the bits above.
@@ -114,6 +105,50 @@ class KernelForm:
         One integer, because torch's dispatcher takes most of a microsecond for every integer argument.
         """
         return group << GROUP_SHIFT | self.number(isa)
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """What the source of an attention kernel depends on besides the instruction set.
+
+    Args:
+        input: Dtype of queries, keys, values and result: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    """
+
+    input: str
+    kind = "attention"
+    activation = None
+
+    @property
+    def output(self) -> str:
+        """Dtype of the result."""
+        return self.input
+
+    @property
+    def title(self) -> str:
+        """A short name, unique per form; also the stem of file names."""
+        return f"attention-{self.input}"
+
+    def number(self, isa: Isa) -> int:
+        """See :meth:`KernelForm.number`."""
+        return _number(self.kind, (0, 0, 0, 0, 0), self.input, self.output, isa)
+
+    def render(self, isa: Isa) -> str:
+        """The kernel's C++ source."""
+        return render_template("attention.cpp.j2", form=self, isa=isa, nibble_table=False)
+
+
+AnyForm = KernelForm | AttentionForm
+
+
+def _number(kind: str, weight: Sequence[int], input_dtype: str, output_dtype: str, isa: Isa) -> int:
+    dtypes = list(DTYPES.values())
+    widths = (4, 4, 1, 1, 2, 4, 3, 3, 4, 8)  # bits of every field, highest first
+    fields = (_KINDS.index(kind), *weight, dtypes.index(input_dtype), dtypes.index(output_dtype))
+    number = 0
+    for value, width in zip((*fields, isa.code, ABI_VERSION), widths, strict=True):
+        number = number << width | int(value)
+    return number
 
 
 def output_dtype(number: int) -> torch.dtype:

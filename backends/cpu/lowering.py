@@ -20,7 +20,7 @@ from fxcompress.backends.cpu import attention
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel
 from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.layouts import Layout
-from fxcompress.backends.cpu.selection import choose_embedding, choose_kernel
+from fxcompress.backends.cpu.selection import choose_embedding, choose_kernel, this_machine
 
 logger = logging.getLogger("fxcompress.backends")
 aten = torch.ops.aten
@@ -247,8 +247,9 @@ class LoweringInterpreter(fx.Interpreter):
             return self._linear(n)
         if n in self.plan.embeddings:
             return self._embedding(n)
-        if attention.decodes(n):
-            return attention.attend(n, lambda argument: fx.node.map_arg(argument, lambda a: self.env[a]))
+        attended = attention.lower(n, self._argument, this_machine().isa)
+        if attended is not None:
+            return attended
         if (
             n.target in (ops.dequantize_weight.default, aten.t.default)
             and n.users
@@ -256,6 +257,9 @@ class LoweringInterpreter(fx.Interpreter):
         ):
             return None
         return super().run_node(n)
+
+    def _argument(self, argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda node: self.env[node])
 
     def _only_planned(self, user: fx.Node) -> bool:
         if user in self.plan.members:

@@ -3,6 +3,7 @@
     fxcompress_cpu::linear     product of [..., K] activations with a tiled weight
     fxcompress_cpu::embedding  rows of a tiled table
     fxcompress_cpu::dense      a tiled weight dequantized, [K, rows]
+    fxcompress_cpu::attend     attention, key heads shared by query heads
 
 An operator names its kernel by the number of its form (:meth:`KernelForm.number`), so that a compiled graph
 holds no address. A small C++ library, compiled once like the kernels, implements them through torch's stable
@@ -26,9 +27,8 @@ from fxcompress.backends.cpu.generator import (
     ABI_VERSION,
     GROUP_SHIFT,
     OUTPUT_SHIFT,
-    KernelForm,
+    AnyForm,
     output_dtype,
-    render,
     render_template,
 )
 from fxcompress.backends.cpu.isa import Isa
@@ -44,6 +44,8 @@ _SCHEMAS = (
     "embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero, Tensor total, int columns,"
     " int form) -> Tensor",
     "dense(Tensor weight, Tensor scale, Tensor? zero, int columns, int form) -> Tensor",
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale,"
+    " int form) -> Tensor",
 )
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -79,7 +81,27 @@ def _fake_dense(weight: Tensor, scale: Tensor, zero: Tensor | None, columns: int
     return weight.new_empty((columns, scale.shape[0] * scale.shape[2]), dtype=output_dtype(form))
 
 
-for _name, _fake in (("linear", _fake_linear), ("embedding", _fake_embedding), ("dense", _fake_dense)):
+def _fake_attend(
+    query: Tensor,  # [B, H, Q, D]
+    key: Tensor,
+    value: Tensor,  # [B, H / G, S, V]
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    form: int,
+) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty((batch, queries, heads, value.shape[3]), dtype=output_dtype(form))
+    return out.transpose(1, 2)
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "linear": _fake_linear,
+    "embedding": _fake_embedding,
+    "dense": _fake_dense,
+    "attend": _fake_attend,
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fxcompress_cpu::{_name}", _fake, lib=_LIBRARY)
 
 
@@ -93,12 +115,25 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class AttentionArguments(ctypes.Structure):
+    """``fx_attention`` of ``templates/attention_arguments.j2``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "out")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys", "width")),
+        ("value_width", ctypes.c_int64),
+        ("strides", ctypes.c_int64 * 13),  # of q, k and v by batch, head and row; of the mask, all four
+        *((name, ctypes.c_int64) for name in ("mask_is_float", "causal", "threads")),
+        ("scale", ctypes.c_double),
+    ]
+
+
 _KERNELS: dict[int, ctypes.CDLL] = {}  # by form number; a library stays loaded
 _FAILED: dict[int, str] = {}
 _LOCK = threading.Lock()
 
 
-def ensure_kernel(form: KernelForm, isa: Isa) -> str | None:
+def ensure_kernel(form: AnyForm, isa: Isa) -> str | None:
     """Compile and load the kernel of a form, once per process.
 
     Returns:
@@ -124,13 +159,13 @@ def _log_failure(reason: str) -> None:
     logger.warning("no generated kernels, torch's own are used: %s", reason)
 
 
-def load_kernel(form: KernelForm, isa: Isa) -> ctypes.CDLL:
+def load_kernel(form: AnyForm, isa: Isa) -> ctypes.CDLL:
     """The shared object of a form's kernel, compiled if need be.
 
     Raises:
         BackendError: it cannot be compiled or loaded, or is of another interface version.
     """
-    path = compiled(f"{form.title}-{isa.name}", render(form, isa), isa.flags)
+    path = compiled(f"{form.title}-{isa.name}", form.render(isa), isa.flags)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -139,7 +174,7 @@ def load_kernel(form: KernelForm, isa: Isa) -> ctypes.CDLL:
         ) from error
     if library.fx_abi() != ABI_VERSION:
         raise BackendError(f"{path.name}: interface version {library.fx_abi()}, expected {ABI_VERSION}.")
-    library.fx_run.argtypes = [ctypes.POINTER(Arguments)]
+    library.fx_run.argtypes = [ctypes.c_void_p]
     library.fx_run.restype = None
     return library
 
@@ -148,9 +183,8 @@ def load_kernel(form: KernelForm, isa: Isa) -> ctypes.CDLL:
 def _bind_operators() -> None:
     """Give the operators their CPU implementation: the C++ library, else Python."""
     if _register_function() is None:
-        _LIBRARY.impl("linear", python_linear, "CPU")
-        _LIBRARY.impl("embedding", python_embedding, "CPU")
-        _LIBRARY.impl("dense", python_dense, "CPU")
+        for name, function in _PYTHON.items():
+            _LIBRARY.impl(name, function, "CPU")
 
 
 @functools.cache
@@ -229,15 +263,49 @@ def python_dense(weight: Tensor, scale: Tensor, zero: Tensor | None, columns: in
     return out
 
 
+def python_attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, form: int
+) -> Tensor:
+    """``fxcompress_cpu::attend`` through ctypes."""
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    batch, heads, queries, width = query.shape
+    kv_heads, keys, value_width = value.shape[1:]
+    out = query.new_empty((batch, queries, heads, value_width), dtype=output_dtype(form))
+    tensors = (query, key, value, mask, out)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:3]]
+    for size, stride in [(1, 0)] * 4 if mask is None else zip(mask.shape, mask.stride(), strict=True):
+        strides.append(0 if size == 1 else stride)
+    floating = mask is not None and mask.dtype is not torch.bool
+    sizes = (batch, heads, kv_heads, queries, keys, width, value_width)
+    options = (floating, causal, torch.get_num_threads(), scale)
+    arguments = AttentionArguments(*pointers, *sizes, (ctypes.c_int64 * 13)(*strides), *options)
+    _library_of(form).fx_run(ctypes.byref(arguments))
+    return out.transpose(1, 2)
+
+
+_PYTHON: dict[str, Callable[..., Tensor]] = {
+    "linear": python_linear,
+    "embedding": python_embedding,
+    "dense": python_dense,
+    "attend": python_attend,
+}
+
+
 def _call(
     form: int, operands: tuple[Tensor | None, ...], stride: int, tokens: int, rows: int, columns: int
 ) -> None:
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in operands]
+    group, threads = form >> GROUP_SHIFT, torch.get_num_threads()
+    arguments = Arguments(*pointers, stride, tokens, rows, columns, group, threads)
+    _library_of(form).fx_run(ctypes.byref(arguments))
+
+
+def _library_of(form: int) -> ctypes.CDLL:
     library = _KERNELS.get(form & ((1 << GROUP_SHIFT) - 1))
     if library is None:
         raise BackendError(
             f"the kernel of form {form} is not loaded in this process.",
             fix="compile the model with fxcompress here first.",
         )
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in operands]
-    group, threads = form >> GROUP_SHIFT, torch.get_num_threads()
-    library.fx_run(ctypes.byref(Arguments(*pointers, stride, tokens, rows, columns, group, threads)))
+    return library
