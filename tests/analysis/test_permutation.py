@@ -102,7 +102,7 @@ def prove(program: Any, group: PermutationGroup, *inputs: Tensor) -> set[str]:
     return {name for name, value in edits.items() if not torch.equal(value, program.weights[name])}
 
 
-X = torch.randn(2, 3, 6, dtype=torch.float64)
+X = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("between", [F.gelu, F.relu, torch.tanh, lambda x: x.clamp(-1, 1) * 3 + 1])

@@ -27,7 +27,7 @@ from fxcompress.passes import InsertQuantDequant
 from tests.passes.models import Attention, Autoencoder, Convolutions
 from tests.passes.one_block import OneBlock, block_of, refusals
 
-X = torch.randn(2, 5, 20)
+X = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(0))
 KINDS = {
     "token": DynamicPerToken,
     "group": DynamicPerGroup,
