@@ -45,7 +45,7 @@ def quality(content: dict[str, Any]) -> list[str]:
             for text in ("documentation", "news"):
                 change = row.get("change %", {}).get(text)
                 cells.append(
-                    f"{row['perplexity'][text]:.2f}" + (f" ({change:+.1f} %)" if change is not None else "")
+                    f"{row['perplexity'][text]:.2f}" + (f" ({change:+.2f} %)" if change is not None else "")
                 )
             size = row.get("totals", {}).get("bytes_after")
             lines.append(f"| {name} | {cells[0]} | {cells[1]} | {f'{size / 1e6:.0f}' if size else '538'} |")
@@ -54,7 +54,7 @@ def quality(content: dict[str, Any]) -> list[str]:
 
 
 def speed(content: dict[str, Any]) -> list[str]:
-    settings = content["settings"]
+    settings, limits = content["settings"], content["limits"]
     lines = ["## Speed", "", environment(content), ""]
     lines += [
         f"Decode: {settings['steps']} greedy steps after {settings['prompt']} tokens (eager: dynamic cache,",
@@ -62,14 +62,22 @@ def speed(content: dict[str, Any]) -> list[str]:
         f"{settings['tries']} tries, medians of {settings['rounds']} rounds; × is the median ratio to",
         "float32 eager in the same round.",
         "",
-        "| variant | decode tok/s | × | prefill tok/s | × | resident MB | first calls, s |",
-        "|---|---|---|---|---|---|---|",
+        "The last columns are the distance to the machine: weights read per second while decoding, as a share",
+        f"of the {limits['read GB/s']:.0f} GB/s that its threads read from memory, and operations per second",
+        f"in prefill, as a share of the {limits['int8 GOP/s']:.0f} GOP/s of oneDNN's 8-bit product. What is",
+        "missing in decoding is mostly calls and the loop itself; smaller weights have less to hide it behind.",
+        "",
+        "| variant | decode tok/s | × | prefill tok/s | × | resident MB | first calls, s | of reading"
+        " | of int8 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for item in content["variants"]:
         size, first = item["weight_bytes"] / 1e6, item["warmup_seconds"]
+        gap = content["distances"][item["name"]]
         lines.append(
             f"| {item['name']} | {item['decode']:.1f} | {item['decode_ratio']:.2f} | {item['prefill']:.0f} |"
-            f" {item['prefill_ratio']:.2f} | {size:.0f} | {first:.0f} |"
+            f" {item['prefill_ratio']:.2f} | {size:.0f} | {first:.0f} | {gap['read %']:.0f} % |"
+            f" {gap['GOP/s %']:.0f} % |"
         )
     return [*lines, ""]
 
