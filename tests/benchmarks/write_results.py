@@ -62,10 +62,10 @@ def speed(content: dict[str, Any]) -> list[str]:
         f"{settings['tries']} tries, medians of {settings['rounds']} rounds; × is the median ratio to",
         "float32 eager in the same round.",
         "",
-        "The last columns are the distance to the machine: weights read per second while decoding, as a share",
+        "The last columns are the distance to the machine: weights read per second in decoding, as a share",
         f"of the {limits['read GB/s']:.0f} GB/s that its threads read from memory, and operations per second",
         f"in prefill, as a share of the {limits['int8 GOP/s']:.0f} GOP/s of oneDNN's 8-bit product. What is",
-        "missing in decoding is mostly calls and the loop itself; smaller weights have less to hide it behind.",
+        "missing in decoding is mostly calls and the loop; smaller weights have less to hide it behind.",
         "",
         "| variant | decode tok/s | × | prefill tok/s | × | resident MB | first calls, s | of reading"
         " | of int8 |",
