@@ -12,14 +12,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "passes": [{"quantize-weights": {"bits": 8}}, "fuse-siblings"],
     },
     "w4a16": {
-        "summary": "4-bit weights in groups of 64 with a range search; needs no data",
-        "passes": [{"quantize-weights": {"bits": 4, "group_size": 64, "search": True}}, "fuse-siblings"],
+        "summary": "4-bit weights in groups of 64; needs no data",
+        "passes": [{"quantize-weights": {"bits": 4, "group_size": 64}}, "fuse-siblings"],
     },
     "w4a16-gptq": {
         "summary": "4-bit weights rounded by GPTQ on calibration data; the best 4-bit quality",
         "passes": [
             {"gptq": {"bits": 4, "group_size": 64}},
-            {"quantize-weights": {"bits": 4, "group_size": 64, "search": True, "only_remaining": True}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "only_remaining": True}},
             "fuse-siblings",
         ],
     },
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "passes": [
             {"awq": {"bits": 4, "group_size": 64}},
             {"gptq": {"bits": 4, "group_size": 64}},
-            {"quantize-weights": {"bits": 4, "group_size": 64, "search": True, "only_remaining": True}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "only_remaining": True}},
             "fuse-siblings",
         ],
     },
@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "w4a8": {
         "summary": "4-bit weights in groups of 64, 8-bit activations per token; no data, fastest decoding",
         "passes": [
-            {"quantize-weights": {"bits": 4, "group_size": 64, "search": True}},
+            {"quantize-weights": {"bits": 4, "group_size": 64}},
             {"quantize-activations": {"bits": 8, "mode": "dynamic"}},
             "fuse-siblings",
         ],
@@ -91,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "passes": [
             "reorder-channels",
             {"gptq": {"bits": 4, "group_size": 64}},
-            {"quantize-weights": {"bits": 4, "group_size": 64, "search": True, "only_remaining": True}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "only_remaining": True}},
             {"quantize-activations": {"bits": 8, "mode": "cluster"}},
             "fuse-siblings",
         ],
