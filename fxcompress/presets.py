@@ -58,6 +58,15 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "w8a8-mixed": {
+        "summary": "w8a8-smooth in groups of 64, the few worst inputs left at 16 bits; best 8-bit quality",
+        "passes": [
+            {"smooth-activations": {"alpha": "search", "group_size": 64}},
+            {"quantize-weights": {"bits": 8, "group_size": 64}},
+            {"quantize-activations": {"bits": 8, "mode": "dynamic", "max_error": 0.015}},
+            "fuse-siblings",
+        ],
+    },
     "w8a8-outliers": {
         "summary": "8 bits with calibrated static inputs after centring and shrinking outlier channels",
         "passes": [

@@ -46,28 +46,35 @@ WEIGHTS: dict[str, Case] = {
 
 
 def activation_cases() -> dict[str, Case]:
-    """W8A8, W6A6 and W4A8 by every method of the family."""
+    """W8A8, W6A6 and W4A8 by every method of the family, then 4-bit weights on the same model."""
     found: dict[str, Case] = {}
     for name, bits in (("w8a8", (8, 8)), ("w6a6", (6, 6)), ("w4a8", (4, 8))):
+        dynamic = {"bits": bits[0], "group_size": 64 if bits[0] < 6 else 0, "activation_bits": bits[1]}
+        dynamic = {**dynamic, "symmetric": bits[0] == 8}
+        smooth = {"smooth-activations": {"alpha": "search", **dynamic}}
+        suppress = {"suppress-outliers": {**dynamic, "activation_mode": "dynamic"}}
         found[f"{name}, plain"] = (both(bits), None)
-        found[f"{name}, static, plain"] = (both(bits, mode="static"), DOCUMENTATION)
-        smooth = {"smooth-activations": {"alpha": "search"}}
-        found[f"{name}, SmoothQuant 0.5"] = (
-            both(bits, {"smooth-activations": {"alpha": 0.5}}),
-            DOCUMENTATION,
-        )
-        found[f"{name}, SmoothQuant searched"] = (both(bits, smooth), DOCUMENTATION)
-        found[f"{name}, static, SmoothQuant searched"] = (both(bits, smooth, mode="static"), DOCUMENTATION)
-        found[f"{name}, OS+"] = (both(bits, "suppress-outliers"), DOCUMENTATION)
+        found[f"{name}, SmoothQuant"] = (both(bits, smooth), DOCUMENTATION)
+        found[f"{name}, OS+"] = (both(bits, suppress), DOCUMENTATION)
         found[f"{name}, RPTQ (static clusters)"] = (
             both(bits, "reorder-channels", mode="cluster"),
             DOCUMENTATION,
         )
         if bits == (8, 8):
+            found["w8a8-mixed"] = ("w8a8-mixed", DOCUMENTATION)
+            found["w8a8, static, plain"] = (both(bits, mode="static"), DOCUMENTATION)
+            found["w8a8, static, OS+ (w8a8-outliers)"] = ("w8a8-outliers", DOCUMENTATION)
             found["w8a8, LLM.int8()"] = ("w8a8-outlier-split", None)
-            found["w8a8, fixed outlier columns"] = ("w8a8-outlier-columns", DOCUMENTATION)
+            found["w8a8, 16 outlier columns"] = ("w8a8-outlier-columns", DOCUMENTATION)
             found["fp8"] = ("fp8", None)
             found["fp8, static"] = ("fp8-static", DOCUMENTATION)
+            found["w8a8, ZeroQuant"] = ("w8a8-zeroquant", DOCUMENTATION)
+        if bits == (4, 8):
+            found["w4a8, ZeroQuant"] = ("w4a8-zeroquant", DOCUMENTATION)
+    found["w4a16, round to nearest"] = (rtn(4, 64), None)
+    found["w4a16, AWQ"] = ("w4a16-awq", DOCUMENTATION)
+    found["w4a16, GPTQ"] = ("w4a16-gptq", DOCUMENTATION)
+    found["w4a16, AWQ and GPTQ"] = ("w4a16-awq-gptq", DOCUMENTATION)
     return found
 
 
