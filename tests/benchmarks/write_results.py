@@ -50,7 +50,7 @@ def activations(content: dict[str, Any]) -> list[str]:
         f"{content['protocol']}. {environment(content)}",
         "",
         "As above. The copy with outliers computes the same function with one channel of every norm's output",
-        "50 times larger. Where nothing else is said, weights have one scale per row at 8 and 6 bits and per 64",
+        "50 times larger. Where nothing else is said, weights have one scale per row at 8 and 6 bits, per 64",
         "inputs at 4 bits, activations one per token; output heads are left alone.",
         "",
         *tables("activations", content),
