@@ -96,7 +96,9 @@ class _Rewriter:
         self.state = state
         self.node_map = node_map
         self.inputs = FormInputs(self.graph, state, applied.form_inputs)
-        self.reads_parameter: set[fx.Node] = set()  # readers that expect the value without input transforms
+        # Nodes that read a weight: for a product whose input is transformed; for a use without an input.
+        self.reads_form: set[fx.Node] = set()
+        self.reads_parameter: set[fx.Node] = set()
 
     def rewrite(self, site: Site) -> None:
         form = self.state.forms.get(site.name)
@@ -118,8 +120,9 @@ class _Rewriter:
             # every other use reads the dequantized parameter: see finish()
         if form.transform_in and site.kind is SiteKind.EMBEDDING:
             self._looked_up(site, form)
-        elif form.transform_in and not site.takes_activation:
-            self.reads_parameter.add(self.node_map[(*site.chain, site.node)[0]])
+        elif form.transform_in and form.terms and site.kind is not SiteKind.LINEAR:
+            readers = self.reads_form if site.takes_activation else self.reads_parameter
+            readers.add(self.node_map[(*site.chain, site.node)[0]])
         if form.bias is not None:
             self._bias(site)
         if form.transform_out:
@@ -320,9 +323,9 @@ class _Rewriter:
         """The parameter's own value, for a use without an input to transform: ``terms · diag(factor)``."""
         layout = getattr(form.terms[0], "layout", None)
         turned = layout is not None and layout.perm == (1, 0)
-        if not all(isinstance(transform, Scale) for transform in form.transform_in) or not (
-            turned or (layout is not None and layout.perm == (0, 1))
-        ):
+        scales = all(isinstance(transform, Scale) for transform in form.transform_in)
+        plain = turned or (layout is not None and layout.perm == (0, 1))
+        if not scales or not plain or user in self.reads_form:
             raise BackendError(
                 f"{name}: {user.target} reads the weight in a way that its input transforms"
                 f" ({', '.join(t.describe() for t in form.transform_in)}) cannot be undone for.",

@@ -167,3 +167,21 @@ def test_a_use_without_an_input_reads_the_parameter_itself(turned: bool) -> None
     state.apply(SetTransform("matrix", (Shift(factor),)), "test")
     with pytest.raises(BackendError, match=r"matrix: .*cannot be undone.*\n?.*"):
         apply_state(program, state)
+
+
+def test_one_view_for_both_kinds_of_use_is_an_error() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(4, WIDTH))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            turned = self.matrix.t()
+            return torch.einsum("bk,kn->bn", x, turned), turned.abs().sum()
+
+    program = capture_model(Both().eval(), (torch.randn(2, WIDTH),))
+    state = CompressionState(program.weights)
+    state.apply(quantized(program, "matrix"), "test")
+    state.apply(SetTransform("matrix", (Scale(torch.rand(WIDTH) + 0.5),)), "test")
+    with pytest.raises(BackendError, match=r"matrix: .*cannot be undone"):
+        apply_state(program, state)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxcompress.backends.cpu.generator import DTYPES, AttentionForm
 from fxcompress.backends.cpu.isa import Isa
@@ -62,8 +63,17 @@ def _is_plain(node: fx.Node) -> bool:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return False
+    return query.dtype == key.dtype == value.dtype and _fit(query, key, value)
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether nothing but heads is repeated: sdpa also broadcasts batches, which the kernel does not."""
+    heads, kv_heads = query.shape[1], key.shape[1]
     known = [*(t.shape[1] for t in (query, key, value)), *(t.shape[3] for t in (query, key, value))]
-    return query.dtype == key.dtype == value.dtype and all(isinstance(size, int) for size in known)
+    if not all(isinstance(size, int) for size in known) or heads % kv_heads or value.shape[1] != kv_heads:
+        return False
+    pairs = ((query.shape[0], key.shape[0]), (key.shape[0], value.shape[0]), (key.shape[2], value.shape[2]))
+    return query.shape[3] == key.shape[3] and all(statically_known_true(a == b) for a, b in pairs)
 
 
 def _mask(node: fx.Node) -> Any:

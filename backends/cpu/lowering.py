@@ -240,6 +240,7 @@ class LoweringInterpreter(fx.Interpreter):
         self.plan = plan
         self.packed = packed
         self.results: dict[fx.Node, tuple[Tensor, ...]] = {}
+        self.isa = this_machine().isa
 
     def run_node(self, n: fx.Node) -> Any:
         """Kernels for planned nodes, the original op for others; planned weights are never dequantized."""
@@ -247,7 +248,7 @@ class LoweringInterpreter(fx.Interpreter):
             return self._linear(n)
         if n in self.plan.embeddings:
             return self._embedding(n)
-        attended = attention.lower(n, self._argument, this_machine().isa)
+        attended = attention.lower(n, self._argument, self.isa)
         if attended is not None:
             return attended
         if (

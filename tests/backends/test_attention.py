@@ -202,3 +202,8 @@ def test_what_stays_with_aten() -> None:
         lowered = Lowered(traced(*operands, None, 1, **options))
         lowered.run(*operands, None)
         assert lowered.used == used
+    for queries in (torch.randn(2, 2, 3, 4), torch.randn(1, 1, 3, 4)):  # more batches, fewer heads: broadcast
+        module = traced(queries, k, v, None, 1)
+        lowered = Lowered(module)
+        torch.testing.assert_close(lowered.run(queries, k, v, None), module(queries, k, v, None))
+        assert lowered.used == 0

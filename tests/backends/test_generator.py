@@ -14,6 +14,8 @@ from fxcompress.backends.cpu import isa as isa_module
 from fxcompress.backends.cpu.generator import (
     DTYPES,
     GROUP_SHIFT,
+    AnyForm,
+    AttentionForm,
     KernelForm,
     flush_steps,
     output_dtype,
@@ -38,7 +40,7 @@ W4A8 = KernelForm("linear", 4, True, True, "dynamic", 8, "float32", "float32")
 X86 = bool(processor_flags() & {"sse2"})
 
 
-def all_forms() -> list[KernelForm]:
+def all_forms() -> list[AnyForm]:
     activations = [(None, 0), ("dynamic", 8), ("static", 8), ("dynamic", 4)]
     flags = [False, True]
     dtypes = ["float32", "bfloat16", "float16"]
@@ -54,11 +56,11 @@ def all_forms() -> list[KernelForm]:
             ["embedding", "dense"], range(2, 9), flags, flags, dtypes
         )
     ]
-    return linear + others
+    return [*linear, *others, *map(AttentionForm, dtypes)]
 
 
 def test_numbers_tell_group_and_dtype() -> None:
-    for form in all_forms()[::5]:
+    for form in [form for form in all_forms() if isinstance(form, KernelForm)][::5]:
         number = form.call_number(AVX2, 32768)
         assert number >> GROUP_SHIFT == 32768
         assert number & ((1 << GROUP_SHIFT) - 1) == form.number(AVX2)
@@ -76,12 +78,24 @@ def test_numbers_and_titles_are_unique() -> None:
 
 @pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
 def test_every_source_renders_and_says_what_it_is(isa: isa_module.Isa) -> None:
-    for form in all_forms()[::7]:
+    for form in [form for form in all_forms() if isinstance(form, KernelForm)][::7]:
         source = render(form, isa)
         assert source.startswith(f"// {form.title}\n// instruction set: {isa.name};")
         assert f"weight:      {form.bits} bits" in source
         assert "{{" not in source
         assert "{%" not in source
+
+
+@pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
+def test_attention_renders_and_compiles_for_every_set(isa: isa_module.Isa, tmp_path: Path) -> None:
+    for dtype in DTYPES.values():
+        form = AttentionForm(dtype)
+        source = form.render(isa)
+        assert source.startswith(f"// {form.title}\n// instruction set: {isa.name};")
+        assert "{{" not in source
+        assert "{%" not in source
+        if X86 and isa is not NEON:
+            assert "fx_run" in assembly(form, isa, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +123,10 @@ def test_narrow_sums_are_widened_in_time(bits: int) -> None:
     assert flush_steps(bits, AVX512_VNNI) > 4096
 
 
-def assembly(form: KernelForm, isa: isa_module.Isa, folder: Path) -> str:
+def assembly(form: AnyForm, isa: isa_module.Isa, folder: Path) -> str:
     compiler = find_compiler()
     source = folder / "kernel.cpp"
-    source.write_text(render(form, isa))
+    source.write_text(form.render(isa))
     flags = [flag for flag in (*BASE_FLAGS, *compiler.openmp, *isa.flags) if flag != "-shared"]
     command = [*compiler.command, *flags, "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-S", str(source)]
     result = subprocess.run(

@@ -30,10 +30,7 @@ MODELS = {"packaged": "Packaged model", "off-grid": "Off-grid copy", "outlier": 
 
 def quality(content: dict[str, Any]) -> list[str]:
     return [
-        "## Quality",
-        "",
-        f"{content['protocol']}. {environment(content)}",
-        "",
+        *head("Quality", content),
         "Perplexity and its change against float32, on two kinds of text the calibration has not seen:",
         "Python's own documentation (the kind of the calibration text) and news written for this project.",
         "Forms are evaluated by the reference interpreter. The packaged weights lie on a 4-bit grid, which",
@@ -45,16 +42,17 @@ def quality(content: dict[str, Any]) -> list[str]:
 
 def activations(content: dict[str, Any]) -> list[str]:
     return [
-        "## Weights and activations",
-        "",
-        f"{content['protocol']}. {environment(content)}",
-        "",
+        *head("Weights and activations", content),
         "As above. The copy with outliers computes the same function with one channel of every norm's output",
         "50 times larger. Where nothing else is said, weights have one scale per row at 8 and 6 bits, per 64",
         "inputs at 4 bits, activations one per token; output heads are left alone.",
         "",
         *tables("activations", content),
     ]
+
+
+def head(title: str, content: dict[str, Any]) -> list[str]:
+    return [f"## {title}", "", f"{content['protocol']}. {environment(content)}", ""]
 
 
 def tables(suite: str, content: dict[str, Any]) -> list[str]:
