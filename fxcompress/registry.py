@@ -36,6 +36,7 @@ BACKEND_GROUP = "fxcompress.backends"
 BUILTIN_PASSES: dict[str, str] = {
     "smooth-activations": "fxcompress.passes.smooth_activations:SmoothActivations",
     "suppress-outliers": "fxcompress.passes.suppress_outliers:SuppressOutliers",
+    "balance-attention": "fxcompress.passes.balance_attention:BalanceAttention",
     "awq": "fxcompress.passes.awq:Awq",
     "clip-weights": "fxcompress.passes.clip_weights:ClipWeights",
     "reorder-channels": "fxcompress.passes.reorder_channels:ReorderChannels",

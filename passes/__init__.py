@@ -8,6 +8,7 @@ if __name__ != "fxcompress.passes":
     )
 
 from fxcompress.passes.awq import Awq
+from fxcompress.passes.balance_attention import BalanceAttention
 from fxcompress.passes.clip_weights import ClipWeights
 from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
@@ -22,6 +23,7 @@ from fxcompress.passes.suppress_outliers import SuppressOutliers
 
 __all__ = [
     "Awq",
+    "BalanceAttention",
     "ClipWeights",
     "FuseSiblings",
     "Gptq",

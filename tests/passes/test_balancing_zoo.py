@@ -14,7 +14,7 @@ from fxcompress.calibration import as_calibration
 from fxcompress.capture.export import capture_model
 from fxcompress.errors import CoverageError
 from fxcompress.manager import run_recipe
-from fxcompress.passes import Awq, SmoothActivations, SuppressOutliers
+from fxcompress.passes import Awq, BalanceAttention, SmoothActivations, SuppressOutliers
 from tests.zoo import DECODERS, ENCODER_DECODERS, ENCODERS, ZooEntry, entry
 
 QUICK = ("llama-tied-odd", "gemma2", "gpt2-odd", "opt-odd", "mixtral", "bert", "t5")
@@ -24,10 +24,11 @@ PASSES = (
     Awq(bits=3, group_size=0, steps=4, tokens=32, explicit=True),
     SuppressOutliers(steps=3, tokens=32, shift="explicit", explicit=True),
     SuppressOutliers(steps=3, tokens=32),
+    BalanceAttention(),
 )
 
 # Between them they take every group and every kind of edit.
-WIDEST = (PASSES[0], PASSES[3])
+WIDEST = (PASSES[0], PASSES[3], PASSES[5])
 
 
 def check(model: Any, inputs: dict[str, Any], passes: tuple[Any, ...]) -> list[float]:
