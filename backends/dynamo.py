@@ -126,6 +126,7 @@ def compile_with_inductor(module: fx.GraphModule, fakes: Sequence[Any]) -> Calla
     left out where they have nothing to do: no output that aliases another tensor, no input whose mutation
     must be repeated outside of the graph.
     """
+    from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -136,7 +137,10 @@ def compile_with_inductor(module: fx.GraphModule, fakes: Sequence[Any]) -> Calla
         graphs.append((compiled, len(inputs), runs_alone()))
         return compiled
 
-    with config.patch(size_asserts=False, alignment_asserts=False):
+    with (
+        config.patch(size_asserts=False, alignment_asserts=False),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
         wrapped = cast("Callable[..., Any]", compile_fx(module, list(fakes), inner_compile=inner))
     if len(graphs) == 1 and graphs[0][1] == len(fakes) and graphs[0][2]:
         return cast("Callable[[list[Any]], Any]", graphs[0][0])

@@ -154,6 +154,39 @@ class Executable:
             for slot, constant in zip(self._outputs, self._constant_outputs, strict=True)
         )
 
+    def replay(self, args: Sequence[Any]) -> Callable[[], None]:
+        """The call with these arguments again and again, for callers that change their contents only.
+
+        Nothing is checked and results are dropped; what the graph writes into its arguments is what counts.
+        """
+        base: list[Any] = [None] * self._n_slots
+        for index, slot in self._arguments:
+            base[slot] = args[index]
+        for slot, tensor in self._binding(args).constants:
+            base[slot] = tensor
+        produced = {slot for _, _, targets in self._steps for slot in targets}
+        steps = [
+            (
+                function,
+                [base[slot] for slot in sources],
+                [(place, slot) for place, slot in enumerate(sources) if slot in produced],
+                targets if self._outputs is not None else [],
+            )
+            for function, sources, targets in self._steps
+        ]
+
+        def run() -> None:
+            values: dict[int, Any] = {}
+            for function, template, holes, targets in steps:
+                inputs = template.copy()  # compiled code empties it
+                for place, slot in holes:
+                    inputs[place] = values[slot]
+                results = function(inputs)
+                for slot, result in zip(targets, results, strict=False):
+                    values[slot] = result
+
+        return run
+
     def _binding(self, args: Sequence[Any]) -> _Binding:
         for number, binding in enumerate(self._bindings):
             if self._fits(binding, args):

@@ -202,12 +202,18 @@ def _drop_unused_inputs(
 ) -> tuple[list[int], list[int]]:
     """Remove unread placeholders; returns the indices kept below and from ``n_values`` on.
 
-    Symbolic ``scalars`` stay: generated code may need their values for sizes that no tensor shows.
+    Symbolic ``scalars`` stay: generated code may need their values for sizes that no tensor shows. So do
+    tensors that nothing but their sizes is read of, if no other input shows these.
     """
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    read = {node: bool(node.users) or index in scalars for index, node in enumerate(placeholders)}
+    missing = set(_symbols(list(module.graph.nodes))) - _plain_symbols([n for n in placeholders if read[n]])
     kept = []
-    for index, node in enumerate([node for node in module.graph.nodes if node.op == "placeholder"]):
-        if node.users or index in scalars:
+    for index, node in enumerate(placeholders):
+        shown = missing & _plain_symbols([node])
+        if read[node] or shown:
             kept.append(index)
+            missing -= shown
         else:
             module.graph.erase_node(node)
     module.recompile()
@@ -215,6 +221,9 @@ def _drop_unused_inputs(
 
 
 def _fake(value: Any, mode: FakeTensorMode | None) -> Any:
+    if isinstance(value, torch.SymInt) and value.node._expr != value.node.expr:
+        # Found equal to another size since: Inductor would call the input by one symbol, its uses by another.
+        return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
     if not isinstance(value, Tensor) or mode is None:
         return value
     if isinstance(value, torch._subclasses.fake_tensor.FakeTensor) and value.fake_mode is mode:

@@ -6,7 +6,8 @@ the baseline in the same round.
 
 Decode is 63 greedy steps after a prompt of 128 tokens, the prompt's own time excluded; prefill is 512 tokens
 with logits for the last only. Both are a bare loop on the model's call, without ``generate``: eager variants
-use a dynamic cache, compiled ones a static cache. Models without a cache are only measured on prefill.
+use a dynamic cache, compiled ones a static cache. A compressed model takes its steps as its ``generate`` does
+(:mod:`fxcompress.decoding`). Models without a cache are only measured on prefill.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fxcompress.bench_caches import cache_kind, cache_of, config_of, empty_entries, module_of, static_cache
 from fxcompress.errors import FxCompressError
-from fxcompress.evaluate import call_model, main_tensor, parameter_names
+from fxcompress.evaluate import call_model, main_tensor
 from fxcompress.machine import machine
 from fxcompress.progress import ProgressEvent, ProgressOption, Reporter
 
@@ -191,7 +193,7 @@ class _Run:
     ) -> None:
         self.name, self.model, self.settings, self.clock = variant.name, variant.model, settings, clock
         self.prefill_inputs = prefill
-        self.cache = _cache_kind(variant) if isinstance(prefill, Tensor) else "none"
+        self.cache = cache_kind(variant.cache, variant.model) if isinstance(prefill, Tensor) else "none"
         self.rates: dict[str, list[float]] = {"prefill": []}
         if self.cache != "none":
             self.rates["decode"] = []
@@ -235,21 +237,41 @@ class _Run:
 
     def _decode(self) -> float:
         settings = self.settings
+        session = self._session()
+        if session is not None:
+            session.prefill(self.prefill_inputs[:, : settings.prompt])
+
+            def replay() -> None:
+                for _ in range(settings.steps):
+                    session.step()
+
+            return settings.steps / self._time(replay)
         options = self._cache_options(settings.prompt + settings.steps + 1)
         output = call_model(
             self.model, self.prefill_inputs[:, : settings.prompt], logits_to_keep=1, **options
         )
 
         if not self._shapes and self.cache == "dynamic":
-            self._shapes += _empty_entries(_cache_of(output, self.name))
+            self._shapes += empty_entries(cache_of(output, self.name))
 
         def steps() -> None:
-            token, cache = _greedy(output), _cache_of(output, self.name)
+            token, cache = _greedy(output), cache_of(output, self.name)
             for _ in range(settings.steps):
                 step = call_model(self.model, token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token, cache = _greedy(step), _cache_of(step, self.name)
+                token, cache = _greedy(step), cache_of(step, self.name)
 
         return settings.steps / self._time(steps)
+
+    def _session(self) -> Any:
+        """Memory for decoding steps, of a model that has its own loop for them."""
+        make = getattr(getattr(self.model, "generate", None), "session", None)
+        if self.cache != "static" or make is None:
+            return None
+        length = self.settings.prompt + self.settings.steps + 1
+        try:
+            return make(1, length)
+        except FxCompressError:  # it says that its loop does not cover this model
+            return None
 
     def _time(self, work: Callable[[], object]) -> float:
         _synchronize()
@@ -262,7 +284,7 @@ class _Run:
         if self.cache == "dynamic":
             return {"use_cache": True}
         if length not in self._static:
-            self._static[length] = _static_cache(self.model, length, self._shapes)
+            self._static[length] = static_cache(self.model, length, self._shapes)
         cache = self._static[length]
         cache.reset()  # compiled graphs are bound to one cache's addresses: a new one would compile again
         return {"use_cache": True, "past_key_values": cache}
@@ -300,7 +322,7 @@ def _prefill_inputs(
     """Given inputs, or random token ids ``[1, T]`` long enough for both measurements."""
     if inputs is not None:
         return inputs
-    config = _config(model)
+    config = config_of(model)
     size = vocabulary or getattr(config, "vocab_size", None)
     if not isinstance(size, int):
         raise FxCompressError(
@@ -309,76 +331,13 @@ def _prefill_inputs(
     generator = torch.Generator().manual_seed(seed)
     length = max(settings.prefill, settings.prompt)
     ids = torch.randint(size, (1, length), generator=generator)
-    module = _module(model)
+    module = module_of(model)
     device = next((p.device for p in module.parameters()), None) if module is not None else None
     return ids.to(device) if device is not None else ids
 
 
-def _cache_kind(variant: Variant) -> str:
-    if variant.cache != "auto":
-        return variant.cache
-    if "past_key_values" not in parameter_names(variant.model):
-        return "none"
-    module = _module(variant.model)
-    able = getattr(module, "can_generate", None)
-    if callable(able) and not able():
-        return "none"
-    wrapped = module is not variant.model or hasattr(variant.model, "_orig_mod")
-    compiled = wrapped or getattr(module, "_compiled_call_impl", None) is not None
-    if not compiled:
-        return "dynamic"
-    return "static" if getattr(module, "_can_compile_fullgraph", False) else "dynamic"
-
-
-def _empty_entries(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer of a used cache, cut to length 0; nothing for caches of another kind."""
-    entries = [
-        (getattr(layer, "keys", None), getattr(layer, "values", None))
-        for layer in getattr(cache, "layers", ())
-    ]
-    return [(k[:, :, :0], v[:, :, :0]) for k, v in entries if isinstance(k, Tensor) and isinstance(v, Tensor)]
-
-
-def _static_cache(model: Any, length: int, shapes: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """A static cache, its memory allocated where an earlier variant has shown the shapes.
-
-    A cache that allocates on first use works too, but has its first use compiled apart.
-    """
-    from transformers import StaticCache
-
-    config: Any = _config(model)
-    if config is None:
-        raise FxCompressError("bench: a static cache needs the model's config.", fix="use cache='dynamic'.")
-    cache: Any = StaticCache(config=config, max_cache_len=length)
-    module = _module(model)
-    weights = [] if module is None else [p for p in module.parameters() if p.is_floating_point()]
-    if weights and len(shapes) == len(cache.layers):
-        for layer, (keys, values) in zip(cache.layers, shapes, strict=True):
-            layer.lazy_initialization(keys.to(weights[0]), values.to(weights[0]))
-    return cache
-
-
 def _greedy(output: Any) -> Tensor:
     return main_tensor(output, ("logits",))[:, -1:].argmax(-1)
-
-
-def _cache_of(output: Any, name: str) -> Any:
-    found = getattr(output, "past_key_values", None)
-    if found is None:
-        raise FxCompressError(f"bench: {name} returned no cache to decode with.", fix="use cache='none'.")
-    return found
-
-
-def _module(model: Any) -> nn.Module | None:
-    if isinstance(model, nn.Module):
-        inner = getattr(model, "_orig_mod", model)
-    else:
-        inner = getattr(model, "model", None)
-    return inner if isinstance(inner, nn.Module) else None
-
-
-def _config(model: Any) -> Any:
-    return getattr(_module(model), "config", None)
 
 
 def _synchronize() -> None:

@@ -72,12 +72,23 @@ def compile_in_place(module: nn.Module, backend: Any) -> None:
     call = module._call_impl
     if trace_rules.check(module.forward):
         call = wrap_inline(call)
-    options: dict[str, Any] = {}
+    module._compiled_call_impl = torch.compile(call, backend=backend, **_recompile_options())
+
+
+def compile_function(function: Any, backend: Any) -> Any:
+    """``torch.compile`` of a function whose arguments keep their sizes, as one graph."""
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False, **_recompile_options())
+
+
+def _recompile_options() -> dict[str, Any]:
+    """Let no graph of another model count against a model's limit of recompilations.
+
+    Code that models share (wrappers of one library) would; past the limit Dynamo runs the code as it is,
+    which for ghosts means NaN.
+    """
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
-        # Code that models share (wrappers of one library) counts against one limit otherwise; past it Dynamo
-        # runs the module as it is, which for ghosts means NaN.
-        options = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
-    module._compiled_call_impl = torch.compile(call, backend=backend, **options)
+        return {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+    return {}
 
 
 def runs_alone() -> bool:

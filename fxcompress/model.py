@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxcompress.artifact import Artifact, read_artifact, save_artifact
 from fxcompress.compat import compile_in_place
+from fxcompress.decoding import Generator
 from fxcompress.edits import CompressionState
 from fxcompress.errors import FxCompressError
 from fxcompress.ghost import contains_ghosts, ghost_copy, ghost_tag
@@ -60,8 +60,6 @@ class CompressedModel:
         self.tokenizer = tokenizer
         self._folder: str | None = None
         self.set_backend(backend)
-        if hasattr(self.model, "generate"):
-            self.generate = cast("Callable[..., Any]", self.model.generate)
 
     def set_backend(self, backend: str) -> None:
         """Run on another backend: ``"inductor"`` (default) or ``"eager"`` (the reference).
@@ -74,6 +72,8 @@ class CompressedModel:
         for module in entry_points(self.model):
             compile_in_place(module, self._compiler)
         guard_ghosts(self.model)
+        if hasattr(self.model, "generate"):
+            self.generate = Generator(self.model, self._compiler)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""

@@ -68,23 +68,35 @@ PRESETS: dict[str, dict[str, Any]] = {
         ],
     },
     "w8a8-outliers": {
-        "summary": "8 bits with calibrated static inputs after centring and shrinking outlier channels",
+        "summary": "static 8 bits after centring and shrinking outliers, the worst inputs at 16 bits",
         "passes": [
-            "suppress-outliers",
-            {"quantize-weights": {"bits": 8, "group_size": 0}},
-            {"quantize-activations": {"bits": 8, "mode": "static"}},
+            {"suppress-outliers": {"group_size": 64}},
+            {"quantize-weights": {"bits": 8, "group_size": 64}},
+            {"quantize-activations": {"bits": 8, "mode": "static", "max_error": 0.015}},
             "fuse-siblings",
         ],
     },
     "w8a8-outlier-split": {
-        "summary": "w8a8 with channels that reach 6.0 computed in float, found in every call; needs no data",
-        "passes": ["split-outlier-features", {"quantize-weights": {"bits": 8, "only_remaining": True}}],
+        "summary": "w8a8 with channels that reach 3.0 computed in float, found in every call; needs no data",
+        "passes": [
+            {"split-outlier-features": {"threshold": 3.0, "group_size": 64}},
+            {"quantize-weights": {"bits": 8, "only_remaining": True}},
+        ],
     },
     "w8a8-outlier-columns": {
         "summary": "w8a8 with the 16 largest channels of every layer in float; needs calibration data",
         "passes": [
             {"split-outlier-features": {"columns": 16}},
             {"quantize-weights": {"bits": 8, "only_remaining": True}},
+        ],
+    },
+    "w8a8-reorder": {
+        "summary": "w8a8, a static scale per cluster of channels, the worst inputs at 16 bits; needs data",
+        "passes": [
+            "reorder-channels",
+            {"quantize-weights": {"bits": 8, "group_size": 64}},
+            {"quantize-activations": {"bits": 8, "mode": "cluster", "max_error": 0.012}},
+            "fuse-siblings",
         ],
     },
     "w4a8": {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -23,16 +23,26 @@ from fxcompress.errors import RecipeError
 from fxcompress.formats import IntFormat, quantize_to_term
 from fxcompress.forms import FixedOutliers, OutlierColumns, OutlierSplit
 from fxcompress.pass_base import BlockContext
-from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates
-
-_FORMAT = IntFormat(bits=8, symmetric=True, group_size=0)
+from fxcompress.passes._selection import (
+    Candidate,
+    Role,
+    SelectivePass,
+    candidates,
+    check_group_size,
+    describe,
+    fitting_format,
+)
 
 
 @dataclass(frozen=True)
 class SplitOutlierFeatures(SelectivePass):
-    """8-bit weights per row and 8-bit activations per token, outlier channels apart.
+    """Integer weights and integer activations per token, outlier channels apart.
 
     Args:
+        bits: Code width of weights and activations, 2…8. Default 8. Weights that an earlier pass compressed
+            keep their own.
+        group_size: Inputs that share a scale of the weight; 0 = one scale per row. Default 0, as in the
+            paper. The weights of an outlier channel are often small: groups code them finer.
         threshold: A channel with any magnitude of at least this, in any token of a call, is an outlier.
             Positive and finite. Default 6.0 (section 3.2 of the paper). Ignored with ``columns``.
         columns: Instead of deciding in every call, keep this many channels per site, those with the greatest
@@ -48,16 +58,24 @@ class SplitOutlierFeatures(SelectivePass):
         True
     """
 
-    threshold: float = 6.0
-    columns: int | None = None
+    bits: int = 8
+    group_size: int = field(default=0, kw_only=True)
+    threshold: float = field(default=6.0, kw_only=True)
+    columns: int | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "split-outlier-features"
-    summary: ClassVar[str] = "8-bit weights and activations; channels with outliers stay in float."
+    summary: ClassVar[str] = "Integer weights and activations; channels with outliers stay in float."
     source: ClassVar[str] = "Dettmers et al., 2022 (LLM.int8(), arXiv:2208.07339), section 3"
     provides: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "quantized-activations"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            raise RecipeError(f"{self.name}: bits={self.bits!r}, expected an integer 2…8.")
+        if type(self.group_size) is not int or self.group_size < 0:
+            raise RecipeError(
+                f"{self.name}: group_size={self.group_size!r}, expected 0 or a positive integer."
+            )
         if type(self.threshold) not in (int, float) or not 0 < self.threshold < math.inf:
             raise RecipeError(
                 f"{self.name}: threshold={self.threshold!r}, expected a positive finite number.",
@@ -71,6 +89,8 @@ class SplitOutlierFeatures(SelectivePass):
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield edits for weight and activation, or a :class:`Refuse`, for every weight of the block."""
         self.check_patterns(block.program)
+        if block.index == 0:
+            check_group_size(self.name, block.program, self.group_size)
         chosen: list[Candidate] = []
         for candidate in candidates(block):
             reason = self._unsuitable(block, candidate)
@@ -84,12 +104,16 @@ class SplitOutlierFeatures(SelectivePass):
             else:
                 yield from self._fixed(block, candidate, self.columns)
 
+    def _format(self) -> IntFormat:
+        return IntFormat(bits=self.bits, symmetric=True, group_size=self.group_size)
+
     def _at_run_time(self, block: BlockContext, candidate: Candidate) -> Iterator[Edit]:
         name, site = candidate.name, candidate.primary
         if not block.state.is_compressed(name):
-            term = quantize_to_term(block.weight(name), site.layout, _FORMAT)
-            yield SetWeight(name, (term,), reason="int8 symmetric, per row")
-        quantizer = OutlierSplit(8, float(self.threshold))
+            fmt, note = fitting_format(self._format(), site.layout.matrix_shape[2])
+            term = quantize_to_term(block.weight(name), site.layout, fmt)
+            yield SetWeight(name, (term,), reason=f"{describe(fmt)}{note}")
+        quantizer = OutlierSplit(self.bits, float(self.threshold))
         yield SetActivation(name, quantizer, quantizer.describe())
 
     def _fixed(self, block: BlockContext, candidate: Candidate, count: int) -> Iterator[Edit]:
@@ -104,12 +128,13 @@ class SplitOutlierFeatures(SelectivePass):
         matrix = site.layout.to_matrix(block.weight(name).detach())[0]  # [N, K]
         rest = matrix.index_fill(1, columns, 0)
         values = matrix.index_select(1, columns).contiguous()
-        term = quantize_to_term(site.layout.from_matrix(rest.unsqueeze(0)), site.layout, _FORMAT)
+        fmt, note = fitting_format(self._format(), site.layout.matrix_shape[2])
+        term = quantize_to_term(site.layout.from_matrix(rest.unsqueeze(0)), site.layout, fmt)
         side = OutlierColumns(site.layout.shape, site.layout.perm, columns, values)
         inside = float(top[order[count:]].max()) if count < top.numel() else 0.0
-        reason = f"int8 symmetric, per row, {count} columns kept; the others reach {inside:.3g}"
+        reason = f"{describe(fmt)}{note}, {count} columns kept; the others reach {inside:.3g}"
         yield SetWeight(name, (term, side), reason=reason)
-        quantizer = FixedOutliers(8, columns)
+        quantizer = FixedOutliers(self.bits, columns)
         yield SetActivation(name, quantizer, quantizer.describe())
 
     def _absmax(self, block: BlockContext, candidate: Candidate) -> Tensor | None:

@@ -13,6 +13,11 @@ def rtn(bits: int, group: int, *, search: bool = False) -> list[Any]:
     return [{"quantize-weights": {"bits": bits, "group_size": group, "search": search}}]
 
 
+def rtn_rest(bits: int) -> list[Any]:
+    """What an earlier pass left."""
+    return [{"quantize-weights": {"bits": bits, "only_remaining": True}}]
+
+
 def gptq(group: int, *before: Any, **options: Any) -> list[Any]:
     rest = {"quantize-weights": {"bits": 4, "group_size": group, "only_remaining": True}}
     return [*before, {"gptq": {"bits": 4, "group_size": group, **options}}, rest]
@@ -60,17 +65,32 @@ def activation_cases() -> dict[str, Case]:
             both(bits, "reorder-channels", mode="cluster"),
             DOCUMENTATION,
         )
+        split = {"bits": bits[1], "threshold": 3.0, "group_size": 64}
+        found[f"{name}, LLM.int8(), threshold 3"] = (
+            [*rtn(bits[0], dynamic["group_size"]), {"split-outlier-features": split}]
+            if bits[0] != bits[1]
+            else [{"split-outlier-features": split}, *rtn_rest(bits[0])],
+            None,
+        )
         if bits == (8, 8):
             found["w8a8-mixed"] = ("w8a8-mixed", DOCUMENTATION)
             found["w8a8, static, plain"] = (both(bits, mode="static"), DOCUMENTATION)
-            found["w8a8, static, OS+ (w8a8-outliers)"] = ("w8a8-outliers", DOCUMENTATION)
-            found["w8a8, LLM.int8()"] = ("w8a8-outlier-split", None)
+            found["w8a8, static, OS+"] = (both(bits, "suppress-outliers", mode="static"), DOCUMENTATION)
+            found["w8a8-outliers (static OS+, worst inputs at 16 bits)"] = ("w8a8-outliers", DOCUMENTATION)
+            found["w8a8-reorder (RPTQ, worst inputs at 16 bits)"] = ("w8a8-reorder", DOCUMENTATION)
+            paper = [{"split-outlier-features": {"threshold": 6.0}}, *rtn_rest(8)]
+            found["w8a8, LLM.int8(), threshold 6, per row"] = (paper, None)
             found["w8a8, 16 outlier columns"] = ("w8a8-outlier-columns", DOCUMENTATION)
             found["fp8"] = ("fp8", None)
             found["fp8, static"] = ("fp8-static", DOCUMENTATION)
             found["w8a8, ZeroQuant"] = ("w8a8-zeroquant", DOCUMENTATION)
+        if bits == (6, 6):
+            distil = {"layer-distill": {"bits": 6, "activation_bits": 6, "group_size": 64}}
+            found["w6a6, ZeroQuant"] = ([distil, *rtn_rest(6)], DOCUMENTATION)
         if bits == (4, 8):
             found["w4a8, ZeroQuant"] = ("w4a8-zeroquant", DOCUMENTATION)
+            narrow = {"quantize-activations": {"format": "fp8-e4m3", "mode": "dynamic"}}
+            found["w4a8, FP8 activations"] = ([*rtn(4, 64), narrow], None)
     found["w4a16, round to nearest"] = (rtn(4, 64), None)
     found["w4a16, AWQ"] = ("w4a16-awq", DOCUMENTATION)
     found["w4a16, GPTQ"] = ("w4a16-gptq", DOCUMENTATION)

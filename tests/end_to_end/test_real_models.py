@@ -55,6 +55,31 @@ def test_compiled_backend_uses_kernels_and_little_memory(smollm_small: Any, batc
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-smooth", "w8a8-outliers"])
+def test_integer_products_are_in_the_compiled_code(
+    recipe: str, smollm_small: Any, smollm_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamic and static W8A8: which kernels are called, of which source, is read off what Inductor made."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    texts = [f"{prompt} and so on, with some more words to look at." for prompt in PROMPTS]
+    data = None if recipe == "w8a8" else texts
+    small = fxcompress.compress(
+        smollm_small, recipe, data, tokenizer=smollm_tokenizer, progress=False, verify="off"
+    )
+    ids = smollm_tokenizer(PROMPTS[1], return_tensors="pt").input_ids
+    with fresh_cache():
+        _, sources = run_and_get_code(small, input_ids=ids, use_cache=False)
+    kind = "static" if recipe == "w8a8-outliers" else "dynamic"
+    integer = {name: text for name, text in small.explain().items() if f"a8{kind}" in text}
+    matrices = [name for name in small.explain() if ".layers." in name]
+    kept_float = sum(not small.artifact.forms[name].activation for name in matrices)
+    assert len(integer) == len(matrices) - kept_float > 0
+    called = sum(source.count("torch.ops.fxcompress_cpu.linear.default(") for source in sources)
+    assert called >= 5  # q·k·v, o, gate·up, down of the one compiled block; the head
+
+
+@torch.no_grad()
 def test_saved_model_generates_the_same_in_a_new_process(
     smollm_small: Any, batch: Any, tmp_path: Path
 ) -> None:

@@ -168,3 +168,39 @@ def test_second_run_changes_nothing(columns: int | None) -> None:
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         SplitOutlierFeatures(**options)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_other_widths_and_groups(bits: int) -> None:
+    block = attention()
+    assert refusals(block.run(SplitOutlierFeatures(bits, group_size=8))) == {}
+    form = block.state.form("q.weight")
+    (term,) = form.terms
+    assert isinstance(term, QuantizedWeight)
+    assert isinstance(form.activation, OutlierSplit)
+    assert (term.bits, term.group_size, form.activation.bits) == (bits, 8, bits)
+    _, value, expected = rewritten(block)
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_code_the_small_weights_of_an_outlier_channel_finer() -> None:
+    def error(group_size: int) -> float:
+        torch.manual_seed(0)
+        block = attention()
+        with torch.no_grad():
+            block.program.weights["q.weight"][:, 7] /= 40
+            block.program.weights["q.weight"][:, 10:] *= 10
+        exact = block.program.weights["q.weight"][:, 7].detach()
+        block.run(SplitOutlierFeatures(group_size=group_size))
+        return float((block.dense("q.weight")[:, 7].detach() - exact).norm() / exact.norm())
+
+    assert error(10) < 0.5 * error(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"bits": 9}, "bits=9"), ({"bits": True}, "bits=True"), ({"group_size": -1}, "group_size=-1")],
+)
+def test_bad_widths_and_groups(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        SplitOutlierFeatures(**options)

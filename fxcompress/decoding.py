@@ -1,0 +1,325 @@
+"""Text generation in a thin loop: the decoding step is compiled once, then replayed on the same memory.
+
+A step reads and writes tensors that stay where they are: the last token, a cache of fixed capacity, the
+logits. So after one step through Dynamo, whose guards check all that could have changed, the others call the
+compiled graph directly; what a step computes (the greedy token included) lies in that graph. Everything else
+about ``generate`` (configuration, logits processors, stopping criteria) is transformers' own.
+
+What the loop does not cover runs in transformers' loop: beams, assistants, encoder-decoders, caches given by
+the caller, models whose cache counts tokens in Python.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.compat import compile_function
+from fxcompress.errors import FxCompressError
+from fxcompress.evaluate import parameter_names
+
+__all__ = ["DecodeSession", "Generator"]
+
+logger = logging.getLogger("fxcompress.decoding")
+
+_MIN_CAPACITY = 256
+_MAX_SESSIONS = 4
+_OWN_ARGUMENTS = frozenset(
+    {
+        *("inputs", "input_ids", "attention_mask", "streamer"),
+        *("generation_config", "logits_processor", "stopping_criteria"),
+    }
+)
+"""Arguments of ``generate`` the loop understands, besides the fields of a generation configuration."""
+
+
+class NotCoveredError(FxCompressError):
+    """The loop cannot serve this model; the message says why."""
+
+
+class Backend(Protocol):
+    """What compiles a captured graph."""
+
+    def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile."""
+        ...
+
+
+class _Recorder:
+    """A backend that remembers the last call of what it compiled."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.last: tuple[Any, tuple[Any, ...]] | None = None
+
+    def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        compiled = self._backend(module, example_inputs)
+
+        def run(*args: Any) -> Any:
+            self.last = (compiled, args)
+            return compiled(*args)
+
+        return run
+
+    def replay(self) -> Callable[[], object] | None:
+        """The last call again, on the same tensors and without checks; None if its graph cannot."""
+        compiled, args = self.last or (None, ())
+        self.last = None
+        make = getattr(compiled, "replay", None)
+        return None if make is None else make(args)
+
+
+class DecodeSession:
+    """Fixed memory for decoding: a cache, the last token, the logits of the last step.
+
+    Args:
+        module: A decoder of transformers, compiled in place.
+        backend: Compiles the step.
+        batch: Sequences.
+        capacity: Tokens the cache can hold.
+        padded: Whether prompts may be padded; the step then also has a mask and positions.
+
+    Raises:
+        NotCoveredError: (prefill) the model's cache keeps counts outside of tensors, or has a shape that its
+            configuration does not tell.
+
+    Example:
+        >>> session = DecodeSession(small.model, backend, 1, 256, False)  # doctest: +SKIP
+        >>> logits = session.prefill(ids); logits = session.step()  # the greedy token's successor
+    """
+
+    def __init__(self, module: nn.Module, backend: Backend, batch: int, capacity: int, padded: bool) -> None:
+        from transformers import StaticCache
+
+        self.capacity, self.padded = capacity, padded
+        self._module, self._recorder = module, _Recorder(backend)
+        config: Any = module.config
+        self._cache: Any = StaticCache(config=config, max_cache_len=capacity)
+        device = next(module.parameters()).device
+        _allocate(self._cache, config, batch, _dtype(module), device)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.logits = torch.empty(0)
+        self._extra: dict[str, Tensor] = {}
+        if padded:
+            self._extra["attention_mask"] = torch.ones(batch, capacity, dtype=torch.long, device=device)
+            self._extra["position_ids"] = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self._step = compile_function(_step, self._recorder)
+        self._replay: Callable[[], object] | None = None
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameter_names(module) else {}
+
+    def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Start over with prompts ``[B, T]`` (and ``[B, T]`` mask of ones and zeros): logits ``[B, V]``."""
+        self._cache.reset()
+        self._replay = None
+        given: dict[str, Tensor] = {}
+        if self.padded:
+            assert mask is not None
+            self._extra["attention_mask"].fill_(1)[:, : ids.shape[1]] = mask
+            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+            given = {"attention_mask": self._extra["attention_mask"], "position_ids": positions}
+            self._extra["position_ids"].copy_(positions[:, -1:] + 1)
+            torch._dynamo.maybe_mark_dynamic(positions, 1)
+        torch._dynamo.maybe_mark_dynamic(ids, 1)
+        before = _python_state(self._cache)
+        with torch.no_grad():
+            output: Any = self._module(
+                input_ids=ids, past_key_values=self._cache, use_cache=True, **given, **self._options
+            )
+        if _python_state(self._cache) != before:
+            raise NotCoveredError("its cache counts tokens outside of tensors.")
+        logits = output.logits[:, -1].float()
+        if self.logits.shape != logits.shape:
+            self.logits = torch.empty_like(logits)
+        self.logits.copy_(logits)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        return self.logits
+
+    def step(self, token: Tensor | None = None) -> Tensor:
+        """Logits ``[B, V]`` after ``token`` ``[B]`` (default: the greedy one); the same tensor every time."""
+        if token is not None:
+            self.token.copy_(token.view(-1, 1))
+        with torch.no_grad():
+            if self._replay is not None:
+                self._replay()
+            else:
+                self._step(self._module, self._cache, self.token, self.logits, self._extra, self._options)
+                self._replay = self._recorder.replay()
+        return self.logits
+
+
+def _step(
+    module: nn.Module,
+    cache: Any,
+    token: Tensor,
+    logits: Tensor,
+    extra: dict[str, Tensor],
+    options: dict[str, int],
+) -> None:
+    """One token per sequence; results go where the inputs came from."""
+    output = module.forward(input_ids=token, past_key_values=cache, use_cache=True, **extra, **options)
+    last = output.logits[:, -1].float()
+    logits.copy_(last)
+    token.copy_(last.argmax(-1, keepdim=True))
+    if "position_ids" in extra:
+        extra["position_ids"].add_(1)
+
+
+class Generator:
+    """``generate`` of a compressed model.
+
+    Args:
+        module: The module, compiled in place.
+        backend: Compiles the decoding step.
+    """
+
+    def __init__(self, module: Any, backend: Backend) -> None:
+        self._module, self._backend = module, backend
+        self._sessions: OrderedDict[tuple[int, int, bool], DecodeSession] = OrderedDict()
+        self._refusal = _refusal(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' ``generate``, with its decoding loop replaced where ours covers what is asked for."""
+        why = self._refusal or _unsupported(self._module, args, kwargs)
+        if why is None:
+            try:
+                # Of its own arguments, transformers does not pass the streamer on to a loop of the caller.
+                loop = functools.partial(self._loop, kwargs.get("streamer"))
+                return self._module.generate(*args, custom_generate=loop, **kwargs)
+            except NotCoveredError as error:
+                self._refusal = why = str(error)
+        logger.info("%s: transformers' generation loop is used: %s", type(self._module).__name__, why)
+        return self._module.generate(*args, **kwargs)
+
+    def session(self, batch: int, length: int, *, padded: bool = False) -> DecodeSession:
+        """Memory for ``batch`` sequences of up to ``length`` tokens; kept for the next call of that size.
+
+        Raises:
+            NotCoveredError: the model cannot be decoded this way.
+        """
+        if self._refusal is not None:
+            raise NotCoveredError(self._refusal)
+        capacity = max(_MIN_CAPACITY, 1 << (length - 1).bit_length())
+        limit = getattr(self._module.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and length <= limit:
+            capacity = min(capacity, limit)
+        key = (batch, capacity, padded)
+        if key not in self._sessions:
+            while len(self._sessions) >= _MAX_SESSIONS:
+                self._sessions.popitem(last=False)
+            self._sessions[key] = DecodeSession(self._module, self._backend, batch, capacity, padded)
+        self._sessions.move_to_end(key)
+        return self._sessions[key]
+
+    def _loop(
+        self,
+        streamer: Any,
+        module: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """What transformers calls in the place of its own loop."""
+        batch, start = input_ids.shape
+        mask = model_kwargs.get("attention_mask")
+        padded = mask is not None and not bool(mask.all())
+        longest = int(stopping_criteria.max_length or generation_config.max_length)
+        session = self.session(batch, max(longest, start + 1), padded=padded)
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pad = generation_config._pad_token_tensor
+        greedy = not generation_config.do_sample and not logits_processor
+        ids = input_ids.new_empty(batch, longest + 1)
+        ids[:, :start] = input_ids
+        running = torch.ones(batch, dtype=torch.long, device=input_ids.device)
+        session.prefill(input_ids, mask if padded else None)
+        for length in range(start, longest + 1):
+            if greedy:
+                token = session.token[:, 0].clone()
+            else:
+                token = _choose(ids[:, :length], session.logits, logits_processor, generation_config)
+            if ends:
+                token = token * running + pad * (1 - running)
+            ids[:, length] = token
+            if streamer is not None:
+                streamer.put(token.cpu())
+            so_far = ids[:, : length + 1]
+            running &= ~stopping_criteria(so_far, None)
+            if not bool(running.any()):
+                break
+            session.step(None if greedy and batch == 1 else token)
+        if streamer is not None:
+            streamer.end()
+        return so_far.clone()
+
+
+def _choose(ids: Tensor, logits: Tensor, processors: Any, config: Any) -> Tensor:
+    """The next token ``[B]`` as transformers' loop chooses it, with the same use of the random generator."""
+    scores = processors(ids, logits.clone())
+    if not config.do_sample:
+        return torch.argmax(scores, dim=-1)
+    return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+
+
+def _refusal(module: Any) -> str | None:
+    """Why no call of this model is covered, or None."""
+    config = getattr(module, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return "it is no decoder alone"
+    if not getattr(module, "_can_compile_fullgraph", False):
+        return "transformers says that it cannot run with a cache of fixed size"
+    names = parameter_names(module)
+    missing = {"input_ids", "past_key_values", "use_cache"} - set(names)
+    return f"its forward has no {', '.join(sorted(missing))}" if missing else None
+
+
+def _unsupported(module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
+    """Why this call is not covered, or None."""
+    config = copy.deepcopy(kwargs.get("generation_config") or module.generation_config)
+    rest = config.update(**{key: value for key, value in kwargs.items() if key not in _OWN_ARGUMENTS})
+    if len(args) > 1 or rest:
+        return f"arguments {', '.join(sorted(rest)) or 'by position'}"
+    mode = str(getattr(config.get_generation_mode(), "value", ""))
+    if mode not in ("greedy_search", "sample"):
+        return f"generation mode {mode}"
+    for name in ("return_dict_in_generate", "cache_implementation", "prefill_chunk_size"):
+        if getattr(config, name, None):
+            return f"{name}={getattr(config, name)}"
+    if config.use_cache is False:
+        return "use_cache=False"
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (mask.dim() != 2 or "position_ids" not in parameter_names(module)):
+        padded = mask.dim() != 2 or not bool(mask.all())
+        return "padded prompts, and its forward takes no position_ids" if padded else None
+    return None
+
+
+def _allocate(cache: Any, config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the cache its memory now; allocated by its first use, that use would be compiled apart."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    size = getattr(text, "head_dim", None)
+    if size is None and heads and getattr(text, "hidden_size", None):
+        size = text.hidden_size // text.num_attention_heads
+    if not isinstance(heads, int) or not isinstance(size, int):
+        raise NotCoveredError("its configuration does not tell the shape of its cache.")
+    cache.early_initialization(batch, heads, size, dtype, device)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _python_state(cache: Any) -> list[dict[str, object]]:
+    """Attributes of a cache's layers that are no tensors, and which tensors it holds."""
+    return [
+        {key: id(value) if isinstance(value, Tensor) else value for key, value in vars(layer).items()}
+        for layer in cache.layers
+    ]
