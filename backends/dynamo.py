@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.apply import apply_state
+from fxcompress.backends.cpu.roofline import KernelUse, measure_kernels
 from fxcompress.backends.executable import Executable
 from fxcompress.backends.regions import RegionCompiler
 from fxcompress.backends.sources import GhostSource, source_from_options
@@ -50,6 +51,7 @@ class CompressingBackend:
         self.source = source
         self.inner = inner
         self.choices: dict[str, str] = {}
+        self.uses: list[KernelUse] = []
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """Compile one graph captured by Dynamo."""
@@ -64,6 +66,7 @@ class CompressingBackend:
                 compiler = RegionCompiler(applied, store, compile_with_inductor)
                 regions = compiler.compile()
                 self.choices.update(compiler.choices)
+                self.uses += compiler.uses
 
         def rebind(weights: dict[str, Tensor]) -> WeightStore:
             other = Program(
@@ -103,6 +106,11 @@ class InductorBackend(CompressingBackend):
 
     def __init__(self, store: WeightStore) -> None:
         super().__init__(GhostSource(store), "inductor")
+        self._store = store
+
+    def measure_kernels(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
+        """Time of every distinct product compiled so far, see :mod:`fxcompress.backends.cpu.roofline`."""
+        return measure_kernels(self.uses, self._store, tokens)
 
 
 class EagerBackend(CompressingBackend):

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxcompress.analysis.blocks import Block, find_blocks
 from fxcompress.apply import AppliedGraph
+from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.lowering import (
     LoweringInterpreter,
     PackedInput,
@@ -22,6 +23,7 @@ from fxcompress.backends.cpu.lowering import (
     needed_layouts,
     weight_of_linear,
 )
+from fxcompress.backends.cpu.roofline import KernelUse
 from fxcompress.compat import fake_mode_of, trace_pre_dispatch
 from fxcompress.store import WeightStore
 
@@ -53,6 +55,7 @@ class _Compiled:
     kept: tuple[int, ...]  # which block inputs it takes
     packed: tuple[PackedInput, ...]
     symbols: tuple[sympy.Symbol, ...]
+    specs: dict[tuple[int, ...], LinearSpec]  # by the positions of the codes
 
 
 @dataclass
@@ -70,6 +73,7 @@ class RegionCompiler:
     compiler: Compiler
     cache: dict[str, _Compiled] = field(default_factory=dict)
     choices: dict[str, str] = field(default_factory=dict)
+    uses: list[KernelUse] = field(default_factory=list)
 
     def compile(self) -> list[Region]:
         """Compile all blocks, each distinct structure once."""
@@ -89,6 +93,10 @@ class RegionCompiler:
             self.cache[key] = self._compile(block, inputs, plan, symbols, mode)
         compiled = self.cache[key]
         _unify(compiled.symbols, symbols, mode)
+        self.uses += [
+            KernelUse(compiled.specs[position], tuple(self._name(inputs[p]) for p in position))
+            for position in compiled.specs
+        ]
         packed = tuple(
             (item, tuple(self._name(inputs[position]) for position in item.positions))
             for item in compiled.packed
@@ -151,7 +159,12 @@ class RegionCompiler:
             scalars = {index for index, value in enumerate(fakes) if isinstance(value, torch.SymInt)}
             kept, used = _drop_unused_inputs(lowered, len(inputs), scalars)
             function = self.compiler(lowered, [fakes[index] for index in kept + used])
-        return _Compiled(function, tuple(kept), tuple(keys[index - len(inputs)] for index in used), symbols)
+        specs = {
+            tuple(plan.codes[member] for member in group): plan.specs[first]
+            for first, group in plan.groups.items()
+        }
+        taken = tuple(keys[index - len(inputs)] for index in used)
+        return _Compiled(function, tuple(kept), taken, symbols, specs)
 
     def _name(self, node: fx.Node) -> str:
         return self.applied.form_inputs[node.name].name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fxcompress.artifact import Artifact, read_artifact, save_artifact
 from fxcompress.compat import compile_in_place
 from fxcompress.decoding import Generator
 from fxcompress.edits import CompressionState
-from fxcompress.errors import FxCompressError
+from fxcompress.errors import BackendError, FxCompressError
 from fxcompress.ghost import contains_ghosts, ghost_copy, ghost_tag
 from fxcompress.registry import backend_class
 from fxcompress.report import Report
@@ -100,6 +101,25 @@ class CompressedModel:
     def explain(self) -> dict[str, str]:
         """Kernel of every linear site compiled so far, by parameter name."""
         return dict(self._compiler.choices)
+
+    def measure_kernels(self, tokens: Sequence[int] = (1, 32, 512)) -> list[dict[str, Any]]:
+        """Time every distinct product compiled so far, beside what the machine was measured to do.
+
+        Args:
+            tokens: Rows of activations to measure with.
+
+        Returns:
+            One row per product and number of tokens: weights, kernel, milliseconds, bytes and operations per
+            second, and both as a share of the machine's (``read share``, ``peak share``).
+
+        Raises:
+            BackendError: the backend has no kernels of its own to measure.
+        """
+        measure = getattr(self._compiler, "measure_kernels", None)
+        if measure is None:
+            raise BackendError(f"backend {self.backend!r} has no kernels to measure.", fix="use 'inductor'.")
+        rows: list[dict[str, Any]] = measure(tokens)
+        return rows
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Save as a directory of safetensors and JSON; see :mod:`fxcompress.artifact`.

@@ -194,6 +194,8 @@ def render(form: KernelForm, isa: Isa) -> str:
             # Split codes take twice the registers and twice the multiplications.
             integer_rows=isa.integer_rows[1:] if split else isa.integer_rows,
             float_panels=split and form.activation is not None,
+            # Codes of 8 bits need no unpacking, and without their zero-point would not fit a signed byte.
+            integer_panels=isa.vnni and form.bits < 8,
         )
     )
 

@@ -31,10 +31,13 @@ class Isa:
         narrow_sums: Products of bytes are summed in 16 bits first, so that sums must be widened in time.
         byte_table: Codes below 16 are turned into floats by table look-up in registers.
         integer_rows: Activation rows per tile of the integer kernel, in falling order, ending with 1.
-        float_rows: The same for panels of the float kernel.
+        panel_integer_rows: The same for unpacked panels of codes (with ``vnni``).
+        panel_inputs: Inputs of an unpacked panel.
+        float_rows: The same as ``integer_rows`` for panels of the float kernel.
         panel_from: Activation rows from which the float kernel dequantizes panels instead of registers.
         panel_rows: Most activation rows that share one panel.
-        activation_bytes: Bytes of quantized activations kept in the second-level cache.
+        activation_bytes: Bytes of quantized activations kept in the second-level cache: half of the smallest
+            that processors with this set have.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Isa:
     narrow_sums: bool = False
     byte_table: bool = False
     integer_rows: tuple[int, ...] = (4, 2, 1)
+    panel_integer_rows: tuple[int, ...] = (6, 4, 2, 1)
+    panel_inputs: int = 4096
     float_rows: tuple[int, ...] = (6, 4, 2, 1)
     panel_from: int = 6
     panel_rows: int = 192
@@ -84,6 +89,7 @@ AVX_VNNI = Isa(
     _AVX2 | {"avx_vnni"},
     vnni=True,
     byte_table=True,
+    activation_bytes=524288,
 )
 AVX512_VNNI = Isa(
     "avx512vnni",
@@ -95,7 +101,9 @@ AVX512_VNNI = Isa(
     _AVX2 | _AVX512 | {"avx512_vnni"},
     vnni=True,
     integer_rows=(8, 4, 2, 1),
+    panel_integer_rows=(8, 4, 2, 1),
     float_rows=(12, 6, 2, 1),
+    activation_bytes=524288,
 )
 NEON = Isa("neon", 4, "neon", 4, "arm_neon.h", ("-march=armv8.2-a+dotprod",), frozenset({"asimd", "asimddp"}))
 

@@ -14,11 +14,18 @@ from fxcompress.backends.cpu.isa import ISAS, PORTABLE, Isa, best_isa, processor
 from fxcompress.backends.cpu.native import ensure_kernel
 from fxcompress.backends.cpu.tiled import kernel_group, tiled_layout
 from fxcompress.formats.integer import IntFormat, make_term
-from fxcompress.forms import DynamicPerToken, QuantizedWeight, StaticPerTensor, WeightLayout
+from fxcompress.forms import (
+    ActivationQuantizer,
+    DynamicPerToken,
+    QuantizedWeight,
+    StaticPerTensor,
+    WeightLayout,
+)
 from tests.backends.kernel_cases import (
     CASES,
     DYNAMIC,
     QUICK,
+    STATIC,
     TOLERANCE,
     Case,
     call,
@@ -132,9 +139,28 @@ def test_largest_codes_do_not_saturate(isa: Isa, bits: int) -> None:
         term = make_term(codes, torch.ones(1, 3, 1), zero, layout, fmt)
         unit = StaticPerTensor(8, torch.tensor(1.0), torch.tensor(0, dtype=torch.int32))
         case = Case(bits, False, 0, unit)
-        y = call(case, isa, term, torch.full((5, columns), float(value)))
-        assert y[0].tolist() == [top * value * columns, -top * value * columns, top * value * columns / 2]
-        assert (y == y[0]).all()
+        for tokens in (5, 20):
+            y = call(case, isa, term, torch.full((tokens, columns), float(value)))
+            assert y[0].tolist() == [top * value * columns, -top * value * columns, top * value * columns / 2]
+            assert (y == y[0]).all()
+
+
+@pytest.mark.parametrize("isa", [isa for isa in RUNNABLE if isa.vnni], ids=name)
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group", "activation"),
+    [(4, False, 0, DYNAMIC), (4, False, 128, STATIC), (7, True, 900, DYNAMIC), (4, False, 5000, STATIC)],
+)
+def test_many_rows_give_the_bits_of_few(
+    isa: Isa, bits: int, symmetric: bool, group: int, activation: ActivationQuantizer
+) -> None:
+    """Unpacked panels against codes unpacked in registers; rows longer than a panel, and than two."""
+    for rows, columns in ((40, 5003), (70, 9000), (33, 130)):
+        case = Case(bits, symmetric, group, activation)
+        term = random_term(rows, columns, case)
+        x = torch.randn(41, columns) * 2
+        few = torch.cat([call(case, isa, term, part) for part in x.split(5)])
+        for tokens in (16, 23, 41):
+            assert torch.equal(call(case, isa, term, x[:tokens]), few[:tokens])
 
 
 def test_long_rows_do_not_overflow() -> None:
@@ -144,8 +170,14 @@ def test_long_rows_do_not_overflow() -> None:
     fmt = IntFormat(8, False, 0)
     term = make_term(codes, torch.ones(1, 2, 1), zero, WeightLayout.rows((2, columns)), fmt)
     unit = StaticPerTensor(8, torch.tensor(1.0), torch.tensor(0, dtype=torch.int32))
-    y = call(Case(8, False, 0, unit), BEST, term, torch.full((1, columns), 127.0))
-    assert torch.equal(y, torch.full((1, 2), 255.0 * 127 * columns))
+    for tokens in (1, 20):
+        y = call(Case(8, False, 0, unit), BEST, term, torch.full((tokens, columns), 127.0))
+        assert torch.equal(y, torch.full((tokens, 2), 255.0 * 127 * columns))
+    narrow = make_term(
+        codes % 16, torch.ones(1, 2, 1), zero, WeightLayout.rows((2, columns)), IntFormat(4, False, 0)
+    )
+    y = call(Case(4, False, 0, unit), BEST, narrow, torch.full((20, columns), 127.0))
+    assert torch.equal(y, torch.full((20, 2), 15.0 * 127 * columns))
 
 
 @pytest.mark.parametrize("case", QUICK, ids=name)

@@ -1,4 +1,5 @@
-"""Roofline table of linear kernels: generated ones beside ATen's and float32, taking turns in one run.
+"""Roofline table of linear kernels: generated ones beside ATen's, ONNX Runtime's (if installed) and float32,
+taking turns in one run.
 
 For every shape, form and number of tokens: time, weight bytes read and operations done per second, and both
 as a share of what this machine was measured to stream and multiply in float32 (``torch.sum``, ``torch.mm``).
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,6 +118,43 @@ def atens(weight: Tensor) -> list[Variant]:
     return found
 
 
+def onnx_runtime(weight: Tensor) -> list[Variant]:
+    """ONNX Runtime's 4-bit product with 8-bit activations (``accuracy_level`` 4), where it is installed."""
+    try:
+        import onnxruntime
+        from onnx import TensorProto, helper, numpy_helper
+    except ImportError:
+        return []
+    rows, columns = weight.shape
+    blocks = -(-columns // 32)
+    codes = np.random.default_rng(0).integers(0, 256, (rows, blocks, 16), dtype=np.uint8)
+    scales = np.full((rows, blocks), 0.01, dtype=np.float32)
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "codes", "scales"],
+        ["y"],
+        domain="com.microsoft",
+        **{"K": columns, "N": rows, "bits": 4, "block_size": 32, "accuracy_level": 4},
+    )
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", columns])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", rows])],
+        [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")],
+    )
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    return [Variant("ONNX Runtime MatMulNBits", run, codes.nbytes + scales.nbytes)]
+
+
 def _two_rows(x: Tensor) -> Tensor:
     codes = x.to(torch.int8)
     return F.pad(codes, (0, 0, 0, 1)) if codes.shape[0] == 1 else codes  # _int_mm needs two
@@ -179,7 +218,7 @@ def main() -> None:
     for shape in options.shapes:
         rows, columns = map(int, shape.split("x"))
         weight = torch.randn(rows, columns)
-        variants = [generated(weight, *form) for form in FORMS] + atens(weight)
+        variants = [generated(weight, *form) for form in FORMS] + atens(weight) + onnx_runtime(weight)
         for tokens in options.tokens:
             x = torch.randn(tokens, columns)
             found = best_times(variants, x, options.seconds)

@@ -179,3 +179,30 @@ def test_sequences_carry_the_tokenizers_marks() -> None:
     assert found.tolist() == [[[1, 97, 98, 99, 2]], [[1, 103, 104, 105, 2]]]
     with pytest.raises(CalibrationError, match="13 tokens, one sequence of 16 needs 14"):
         sequences("abcdefghijklm", Marked(), 2, 16)
+
+
+def test_bench_kernels_shows_every_product(run: Run, decoder_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    assert run("compress", str(decoder_dir), "-r", "w4a8", "-o", str(out)).exit_code == 0
+    done = run("bench", str(out), "--kernels", "--json")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["kernels"]
+    assert {row["tokens"] for row in rows} == {1, 32, 512}
+    assert any("q_proj" in row["weights"] and "v_proj" in row["weights"] for row in rows)  # siblings together
+    for row in rows:
+        assert row["milliseconds"] > 0
+        done_at_once = 2 * row["tokens"] * row["outputs"] * row["inputs"]
+        assert row["gigaops"] == pytest.approx(done_at_once / row["milliseconds"] / 1e6)
+        assert row["read share"] > 0
+        assert row["peak share"] > 0
+    shown = run("bench", str(out), "--kernels")
+    assert "q_proj k_proj v_proj" in " ".join(shown.stdout.split())
+
+
+def test_bench_kernels_of_an_uncompressed_model_is_refused(run: Run, decoder_dir: Path) -> None:
+    done = run("bench", str(decoder_dir), "--kernels")
+    assert done.exit_code == 1
+    assert "is not compressed" in done.stderr
+    done = run("bench", str(decoder_dir), "--kernels", "--against", str(decoder_dir))
+    assert done.exit_code == 1
+    assert "measures one model" in done.stderr

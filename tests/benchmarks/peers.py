@@ -1,0 +1,252 @@
+"""Decode and prefill beside what people use today: torch, torchao, llama.cpp; all take turns in one run.
+
+Every contender generates after the same prompt and reads the same tokens. Ratios are medians of the ratio to
+float32 eager torch in the same round. llama.cpp runs files requantized from the packaged weights by its own
+tool, and tells its perplexity on the held-out texts (``--quality``).
+
+Needs what nothing else here does: pip install torchao llama-cpp-python onnxruntime onnx.
+
+Run: python -m tests.benchmarks.peers [--model packaged synthetic-1b] [--rounds 5] [--prefill 128 512 2048]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fxcompress
+from fxcompress.bench import BenchSettings, Variant, _Run
+from tests.benchmarks.common import environment, held_out, packaged_model, write
+from tests.benchmarks.peers_gguf import FILE_TYPES, requantize, source_file
+from tests.benchmarks.synthetic import synthetic_model
+
+RECIPES = ("w4a16", "w4a8", "w8a8")
+PROMPT, STEPS, TRIES = 128, 63, 2
+
+
+class Contender(Protocol):
+    """Something that reads prompts and decodes."""
+
+    def decode(self) -> float:
+        """Tokens per second of greedy steps."""
+        ...
+
+    def prefill(self, tokens: int) -> float:
+        """Tokens per second of reading a prompt."""
+        ...
+
+
+class TorchContender:
+    """A callable model of transformers, measured as ``fxcompress bench`` does."""
+
+    def __init__(self, name: str, model: Any, ids: Tensor) -> None:
+        self._ids, self._model, self._name = ids, model, name
+        self._shapes: list[tuple[Tensor, Tensor]] = []
+        self._runs: dict[int, _Run] = {}
+
+    def _run(self, tokens: int) -> _Run:
+        if tokens not in self._runs:
+            settings = BenchSettings(prompt=PROMPT, steps=STEPS, prefill=tokens)
+            ids = self._ids[:, : max(tokens, PROMPT)]
+            variant = Variant(self._name, self._model)
+            self._runs[tokens] = _Run(variant, ids, settings, time.perf_counter, self._shapes)
+        return self._runs[tokens]
+
+    @torch.no_grad()
+    def decode(self) -> float:
+        run = self._run(PROMPT)
+        with run._fixed_sizes():
+            return run._decode()
+
+    @torch.no_grad()
+    def prefill(self, tokens: int) -> float:
+        run = self._run(tokens)
+        with run._fixed_sizes():
+            return run._prefill()
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp."""
+
+    def __init__(self, path: Path, ids: Tensor) -> None:
+        import llama_cpp
+
+        self._ids = ids[0].tolist()
+        threads = torch.get_num_threads()
+        self._model = llama_cpp.Llama(
+            str(path),
+            n_ctx=len(self._ids) + 64,
+            n_batch=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
+
+    def _logits(self) -> np.ndarray[Any, Any]:
+        import llama_cpp
+
+        pointer = llama_cpp.llama_get_logits_ith(self._model._ctx.ctx, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab(),))
+
+    def decode(self) -> float:
+        self._model.reset()
+        self._model.eval(self._ids[:PROMPT])
+        token = int(self._logits().argmax())
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            self._model.eval([token])
+            token = int(self._logits().argmax())
+        return STEPS / (time.perf_counter() - started)
+
+    def prefill(self, tokens: int) -> float:
+        self._model.reset()
+        started = time.perf_counter()
+        self._model.eval(self._ids[:tokens])
+        return tokens / (time.perf_counter() - started)
+
+
+def llama_perplexity(path: Path, windows: Tensor) -> float:
+    """Perplexity of a GGUF file on windows of tokens, as ``quality.py`` measures it."""
+    import llama_cpp
+
+    length = windows.shape[1]
+    model = llama_cpp.Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, verbose=False)
+    losses = []
+    for row in windows:
+        model.reset()
+        model.eval(row.tolist())
+        logits = torch.from_numpy(np.asarray(model.scores[: length - 1]).copy())
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), row[1:]))
+    return math.exp(float(torch.stack(losses).mean()))
+
+
+def torch_models(model: Any, options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name and maker of every torch contender; the first is the baseline."""
+
+    def narrow() -> Any:
+        return copy.deepcopy(model).to(torch.bfloat16)
+
+    yield "torch fp32 eager", lambda: model
+    yield "torch bf16 eager", narrow
+    if not options.no_compiled:
+        yield "torch bf16 Inductor, freezing", lambda: torch.compile(narrow(), options={"freezing": True})
+        yield "torchao int4 g32, bf16, Inductor", lambda: torchao_model(narrow(), "int4")
+        yield (
+            "torchao int4, int8 activations, Inductor",
+            lambda: torchao_model(copy.deepcopy(model), "int4-int8"),
+        )
+        yield "torchao int8 activations and weights, bf16, Inductor", lambda: torchao_model(narrow(), "int8")
+    for recipe in options.recipes:
+        yield f"fxcompress {recipe}", lambda recipe=recipe: fxcompress.compress(model, recipe, verify="off")
+
+
+def torchao_model(model: Any, kind: str) -> Any:
+    """A model quantized by torchao and compiled."""
+    from torchao.prototype.quantization.int4.inference_workflow import (
+        Int8DynamicActivationInt4WeightConfig,
+        PrototypeInt4WeightOnlyConfig,
+    )
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    configs: dict[str, Callable[[], Any]] = {
+        "int4": lambda: PrototypeInt4WeightOnlyConfig(group_size=32),
+        "int4-int8": lambda: Int8DynamicActivationInt4WeightConfig(group_size=32),
+        "int8": Int8DynamicActivationInt8WeightConfig,
+    }
+    config = configs[kind]()
+    quantize_(model, config)
+    return torch.compile(model)
+
+
+def measure(
+    contenders: dict[str, Contender], prefills: list[int], rounds: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Median rate and ratio to the first contender, by contender and measurement."""
+    works: dict[str, Callable[[Contender], float]] = {"decode": lambda c: c.decode()}
+    for tokens in prefills:
+        works[f"prefill {tokens}"] = lambda c, tokens=tokens: c.prefill(tokens)  # type: ignore[misc]
+    rates: dict[str, dict[str, list[float]]] = {name: {work: [] for work in works} for name in contenders}
+    for turn in range(rounds + 1):
+        for name, contender in contenders.items():
+            for work, run in works.items():
+                tries = [run(contender) for _ in range(TRIES)]
+                if turn:  # the first round compiles
+                    rates[name][work].append(max(tries))
+            sys.stderr.write(f"round {turn}: {name}\n")
+    base = rates[next(iter(contenders))]
+    return {
+        name: {
+            work: {
+                "tokens/s": round(statistics.median(values), 1),
+                "ratio": round(statistics.median(a / b for a, b in zip(values, base[work], strict=True)), 2),
+            }
+            for work, values in found.items()
+        }
+        for name, found in rates.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", nargs="*", choices=["packaged", "synthetic-1b"], default=["packaged"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512, 2048])
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--files", nargs="*", choices=list(FILE_TYPES), default=list(FILE_TYPES))
+    parser.add_argument("--no-compiled", action="store_true", help="leave out what torch's compiler makes")
+    parser.add_argument("--quality", action="store_true", help="llama.cpp's perplexity, too")
+    options = parser.parse_args()
+    for kind in options.model:
+        model, tokenizer = packaged_model() if kind == "packaged" else (synthetic_model(), None)
+        size = model.config.vocab_size
+        ids = torch.randint(size, (1, max(*options.prefill, PROMPT)), generator=torch.manual_seed(0))
+        failures: dict[str, str] = {}
+        contenders: dict[str, Contender] = {}
+        content: dict[str, Any] = {
+            "environment": environment(["-m", "tests.benchmarks.peers", *sys.argv[1:]]),
+            "versions": peer_versions(),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            for name, make in torch_models(model, options):
+                try:
+                    contenders[name] = TorchContender(name, make(), ids)
+                except Exception as error:  # a peer that cannot run is a result
+                    failures[name] = f"{type(error).__name__}: {error}"
+                    sys.stderr.write(f"{name}: {failures[name]}\n")
+            source = source_file(model, tokenizer, Path(folder))
+            for file in options.files:
+                path = requantize(source, Path(folder), file)
+                contenders[f"llama.cpp {file}"] = LlamaCpp(path, ids)
+                if options.quality and tokenizer is not None:
+                    texts = held_out(tokenizer, 8)
+                    found = {text: llama_perplexity(path, rows) for text, rows in texts.items()}
+                    content.setdefault("perplexity", {})[f"llama.cpp {file}"] = found
+                    sys.stderr.write(f"{file}: {found}\n")
+            gc.collect()
+            content["rates"] = measure(contenders, options.prefill, options.rounds)
+        content["failures"] = failures
+        write(f"peers-{kind}", content)
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the other tools."""
+    from importlib import metadata
+
+    return {name: metadata.version(name) for name in ("torchao", "llama-cpp-python")}
+
+
+if __name__ == "__main__":
+    main()
