@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxcompress.apply import apply_state
+from fxcompress.backends.cpu.forecast import compile_ahead
 from fxcompress.backends.cpu.roofline import KernelUse, measure_kernels
 from fxcompress.backends.executable import Executable
 from fxcompress.backends.regions import RegionCompiler
@@ -18,6 +19,7 @@ from fxcompress.capture.dynamo import program_from_dynamo
 from fxcompress.capture.program import Program
 from fxcompress.compat import runs_alone
 from fxcompress.errors import BackendError
+from fxcompress.ghost import ghost_tag
 from fxcompress.store import WeightStore
 
 logger = logging.getLogger("fxcompress.backends")
@@ -107,6 +109,23 @@ class InductorBackend(CompressingBackend):
     def __init__(self, store: WeightStore) -> None:
         super().__init__(GhostSource(store), "inductor")
         self._store = store
+        self._prepared = False
+
+    def prepare(self, module: nn.Module) -> None:
+        """Start compiling the kernels ``module`` will need, while its first graph is traced."""
+        if self._prepared:
+            return
+        self._prepared = True
+        parameters = [p for p in module.parameters() if p.is_floating_point()]
+        if not parameters or any(p.device.type != "cpu" for p in parameters):
+            return
+        tables = {
+            tag.name
+            for part in module.modules()
+            if isinstance(part, nn.Embedding) and (tag := ghost_tag(part.weight)) is not None
+        }
+        attends = hasattr(module, "generate")
+        compile_ahead(self._store.state, tables, parameters[0].dtype, attention=attends)
 
     def measure_kernels(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
         """Time of every distinct product compiled so far, see :mod:`fxcompress.backends.cpu.roofline`."""

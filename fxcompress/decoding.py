@@ -177,15 +177,17 @@ class Generator:
     Args:
         module: The module, compiled in place.
         backend: Compiles the decoding step.
+        prepare: Called with the module before it is.
     """
 
-    def __init__(self, module: Any, backend: Backend) -> None:
-        self._module, self._backend = module, backend
+    def __init__(self, module: Any, backend: Backend, prepare: Callable[[nn.Module], None]) -> None:
+        self._module, self._backend, self._prepare = module, backend, prepare
         self._sessions: OrderedDict[tuple[int, int, bool], DecodeSession] = OrderedDict()
         self._refusal = _refusal(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' ``generate``, with its decoding loop replaced where ours covers what is asked for."""
+        self._prepare(self._module)
         why = self._refusal or _unsupported(self._module, args, kwargs)
         if why is None:
             try:

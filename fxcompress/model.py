@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,11 @@ class CompressedModel:
             compile_in_place(module, self._compiler)
         guard_ghosts(self.model)
         if hasattr(self.model, "generate"):
-            self.generate = Generator(self.model, self._compiler)
+            self.generate = Generator(self.model, self._compiler, partial(prepare, self._compiler))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
+        prepare(self._compiler, self.model)
         with torch.no_grad():
             return self.model(*args, **kwargs)
 
@@ -128,6 +130,13 @@ class CompressedModel:
             ArtifactError: the directory exists, or cannot be written.
         """
         save_artifact(self.artifact, path, tokenizer=self.tokenizer, overwrite=overwrite)
+
+
+def prepare(compiler: Any, module: nn.Module) -> None:
+    """Let the backend begin what it can before the first graph is there; most calls find it done."""
+    begin = getattr(compiler, "prepare", None)
+    if begin is not None:
+        begin(module)
 
 
 def entry_points(model: nn.Module) -> list[nn.Module]:

@@ -49,7 +49,7 @@ class GeneratedEmbedding(EmbeddingKernel):
         """See :meth:`EmbeddingKernel.refuses`."""
         if spec.dtype not in DTYPES:
             return f"the table's dtype is {spec.dtype}"
-        return ensure_kernel(self._form(spec), self.isa)
+        return ensure_kernel(self.form(spec), self.isa)
 
     def run(self, indices: Tensor, packed: dict[str, Tensor], spec: LinearSpec) -> Tensor:
         """See :meth:`EmbeddingKernel.run`."""
@@ -60,12 +60,13 @@ class GeneratedEmbedding(EmbeddingKernel):
             packed.get("zero"),
             packed["total"],
             spec.columns,
-            self._form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
+            self.form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
         )
         return rows
 
     @staticmethod
-    def _form(spec: LinearSpec) -> KernelForm:
+    def form(spec: LinearSpec) -> KernelForm:
+        """The kernel form of a table."""
         dtype = DTYPES[spec.dtype]
         grouped = spec.group_size > 0
         return KernelForm("embedding", spec.bits, not spec.symmetric, grouped, None, 0, dtype, dtype)

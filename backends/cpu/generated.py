@@ -84,7 +84,7 @@ class GeneratedDense(Kernel):
             return "activations are quantized"
         if not spec.many_rows:
             return "fewer tokens than the bfloat16 product is good for"
-        return ensure_kernel(self._form(spec), self.isa)
+        return ensure_kernel(self.form(spec), self.isa)
 
     def product(
         self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
@@ -95,13 +95,14 @@ class GeneratedDense(Kernel):
             packed["scale"],
             packed.get("zero"),
             spec.columns,
-            self._form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
+            self.form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
         )
         product = torch.mm(x.reshape(-1, spec.columns).to(torch.bfloat16), weight)[:, : spec.rows]
         return product.reshape(*x.shape[:-1], spec.rows).to(spec.dtype)
 
     @staticmethod
-    def _form(spec: LinearSpec) -> KernelForm:
+    def form(spec: LinearSpec) -> KernelForm:
+        """The kernel form of a weight."""
         return KernelForm(
             *("dense", spec.bits, not spec.symmetric, spec.group_size > 0, None, 0, "bfloat16", "bfloat16")
         )

@@ -13,11 +13,12 @@ call.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -130,7 +131,43 @@ class AttentionArguments(ctypes.Structure):
 
 _KERNELS: dict[int, ctypes.CDLL] = {}  # by form number; a library stays loaded
 _FAILED: dict[int, str] = {}
+_ON_THE_WAY: dict[int, threading.Event] = {}  # being compiled by `prefetch`, or done
+_PATIENCE = 300.0  # seconds; a forked process has no such thread
+_OPERATORS = threading.Event()  # cleared while `prefetch` compiles the C++ operators
+_OPERATORS.set()
 _LOCK = threading.Lock()
+
+
+def prefetch(forms: Sequence[AnyForm], isa: Isa) -> None:
+    """Compile kernels to disk in a thread, in this order, while graphs are still being traced.
+
+    Whoever needs one meanwhile waits for it (:func:`ensure_kernel`); failures are met there, too.
+    """
+    queue = []
+    for form in forms:
+        number = form.number(isa)
+        if number not in _KERNELS and number not in _FAILED and number not in _ON_THE_WAY:
+            _ON_THE_WAY[number] = threading.Event()
+            queue.append((form, _ON_THE_WAY[number]))
+
+    def work() -> None:
+        try:
+            for form, done in queue:
+                with contextlib.suppress(BackendError, OSError):
+                    compiled(f"{form.title}-{isa.name}", form.render(isa), isa.flags)
+                done.set()
+                if not _OPERATORS.is_set():  # their headers are long: a kernel first, for planning to start
+                    with contextlib.suppress(BackendError, OSError):
+                        compiled("operators", *_operators())
+                    _OPERATORS.set()
+        finally:  # nobody may wait for what does not come
+            _OPERATORS.set()
+            for _, done in queue:
+                done.set()
+
+    if queue:
+        _OPERATORS.clear()
+        threading.Thread(target=work, name="fxcompress-kernels", daemon=True).start()
 
 
 def ensure_kernel(form: AnyForm, isa: Isa) -> str | None:
@@ -140,6 +177,9 @@ def ensure_kernel(form: AnyForm, isa: Isa) -> str | None:
         None when the operators can use it, else why not (logged once per reason).
     """
     number = form.number(isa)
+    if (coming := _ON_THE_WAY.get(number)) is not None:
+        coming.wait(_PATIENCE)
+    _OPERATORS.wait(_PATIENCE)
     with _LOCK:
         if number not in _KERNELS and number not in _FAILED:
             try:
@@ -190,17 +230,8 @@ def _bind_operators() -> None:
 @functools.cache
 def _register_function() -> Callable[[int, ctypes.c_void_p], None] | None:
     """``fx_register`` of the C++ library, or None when it cannot be built."""
-    root = Path(torch.__file__).parent
-    source = render_template("shim.cpp.j2", group_shift=GROUP_SHIFT, output_shift=OUTPUT_SHIFT)
-    flags = [
-        f"-I{root / 'include'}",
-        f"-L{root / 'lib'}",
-        "-ltorch_cpu",
-        "-lc10",
-        f"-DFX_TORCH={torch.__version__}",
-    ]
     try:
-        library = ctypes.CDLL(str(compiled("operators", source, flags)))
+        library = ctypes.CDLL(str(compiled("operators", *_operators())))
     except (BackendError, OSError) as error:
         reason = str(error).splitlines()[0]
         logger.warning("the C++ operators cannot be built; kernels are called from Python: %s", reason)
@@ -213,6 +244,19 @@ def _register_function() -> Callable[[int, ctypes.c_void_p], None] | None:
         register(number, kernel)
 
     return call
+
+
+def _operators() -> tuple[str, list[str]]:
+    """Source and flags of the C++ operators."""
+    root = Path(torch.__file__).parent
+    source = render_template("shim.cpp.j2", group_shift=GROUP_SHIFT, output_shift=OUTPUT_SHIFT)
+    return source, [
+        f"-I{root / 'include'}",
+        f"-L{root / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+        f"-DFX_TORCH={torch.__version__}",
+    ]
 
 
 def python_linear(

@@ -13,6 +13,7 @@ import argparse
 import copy
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ import fxcompress
 from fxcompress.bench import BenchResult, BenchSettings, Variant, bench
 from tests.benchmarks.common import environment, packaged_model, write
 
-RECIPES = ("w8a16", "w4a16", "w4a8", "w8a8")
+RECIPES = ("w8a16", "w4a16", "w4a8", "w8a8", "w8a8-mixed", "w8a8-outliers")
 
 
 def main() -> None:
@@ -50,12 +51,20 @@ def main() -> None:
         **result.to_dict(),
     }
     gaps = distances(result, limits, model)
+    kernels = {
+        variant.name: dict(Counter(variant.model.explain().values()))
+        for variant in variants
+        if hasattr(variant.model, "explain")
+    }
     for item in result.variants:
         sys.stderr.write(
             f"{item.name}: decode {item.decode} ({item.decode_ratio}),"
             f" prefill {item.prefill} ({item.prefill_ratio}); {gaps[item.name]}\n"
         )
-    write("speed", {**content, "compress_seconds": seconds, "limits": limits, "distances": gaps})
+    write(
+        "speed",
+        {**content, "compress_seconds": seconds, "limits": limits, "distances": gaps, "kernels": kernels},
+    )
 
 
 def best(work: Callable[[], object], tries: int = 10) -> float:

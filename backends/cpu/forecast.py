@@ -1,0 +1,69 @@
+"""Which kernels a compressed model will ask for, before any of its graphs is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+import torch
+
+from fxcompress.backends.cpu.embeddings import GeneratedEmbedding
+from fxcompress.backends.cpu.generated import GeneratedDense, linear_form
+from fxcompress.backends.cpu.generator import DTYPES, AnyForm, AttentionForm
+from fxcompress.backends.cpu.kernel_types import LinearSpec
+from fxcompress.backends.cpu.native import prefetch
+from fxcompress.backends.cpu.selection import this_machine
+from fxcompress.edits import CompressionState
+from fxcompress.forms import DynamicPerToken, QuantizedWeight, SiteForm, StaticPerTensor
+
+
+def forecast(
+    state: CompressionState, tables: AbstractSet[str], dtype: torch.dtype, *, attention: bool
+) -> list[AnyForm]:
+    """Forms of the kernels that prompts need first, then those of single tokens.
+
+    A guess: what is missing is compiled when it is met, what is not needed was compiled for the next model.
+
+    Args:
+        state: The compressed weights.
+        tables: Names of weights that are looked up.
+        dtype: Of the activations.
+        attention: Whether the model attends.
+    """
+    if dtype not in DTYPES:
+        return []
+    wide: dict[AnyForm, None] = {}
+    narrow: dict[AnyForm, None] = {}
+    for name, form in state.forms.items():
+        spec = _spec(form, dtype)
+        if spec is None:
+            continue
+        if name in tables:
+            wide.setdefault(GeneratedEmbedding.form(spec))
+        if spec.activation is not None:
+            wide.setdefault(linear_form(spec))
+            continue
+        if this_machine().bfloat16:
+            wide.setdefault(GeneratedDense.form(spec))
+        narrow.setdefault(linear_form(spec))
+    found = [*wide, *([AttentionForm(DTYPES[dtype])] if attention else []), *narrow]
+    return list(dict.fromkeys(found))
+
+
+def compile_ahead(
+    state: CompressionState, tables: AbstractSet[str], dtype: torch.dtype, *, attention: bool
+) -> None:
+    """Start compiling what :func:`forecast` names."""
+    prefetch(forecast(state, tables, dtype, attention=attention), this_machine().isa)
+
+
+def _spec(form: SiteForm, dtype: torch.dtype) -> LinearSpec | None:
+    terms = [term for term in form.terms if isinstance(term, QuantizedWeight)]
+    if len(terms) != 1 or len(terms[0].shape) != 2:
+        return None
+    (term,) = terms
+    activation = {DynamicPerToken: "dynamic", StaticPerTensor: "static"}.get(type(form.activation))
+    bits = getattr(form.activation, "bits", 8)
+    rows, columns = term.shape
+    return LinearSpec(
+        *(term.bits, term.zero is None, term.group_size, rows, columns, activation, None, dtype, bits)
+    )
