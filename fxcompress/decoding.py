@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from fxcompress.compat import compile_function
 from fxcompress.errors import FxCompressError
 from fxcompress.evaluate import parameter_names
+from fxcompress.machine import physical_memory
 
 __all__ = ["DecodeSession", "Generator"]
 
@@ -41,7 +43,11 @@ _OWN_ARGUMENTS = frozenset(
 
 
 class NotCoveredError(FxCompressError):
-    """The loop cannot serve this model; the message says why."""
+    """The loop cannot serve this model, or this call; the message says why."""
+
+    def __init__(self, why: str, *, this_call: bool = False) -> None:
+        super().__init__(why)
+        self.this_call = this_call
 
 
 class Backend(Protocol):
@@ -112,6 +118,7 @@ class DecodeSession:
             self._extra["position_ids"] = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self._step = compile_function(_step, self._recorder)
         self._replay: Callable[[], object] | None = None
+        self._proven = False
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameter_names(module) else {}
 
     def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -127,19 +134,31 @@ class DecodeSession:
             self._extra["position_ids"].copy_(positions[:, -1:] + 1)
             torch._dynamo.maybe_mark_dynamic(positions, 1)
         torch._dynamo.maybe_mark_dynamic(ids, 1)
-        before = _python_state(self._cache)
-        with torch.no_grad():
-            output: Any = self._module(
-                input_ids=ids, past_key_values=self._cache, use_cache=True, **given, **self._options
-            )
-        if _python_state(self._cache) != before:
-            raise NotCoveredError("its cache counts tokens outside of tensors.")
+        output = self._read(ids, given)
         logits = output.logits[:, -1].float()
         if self.logits.shape != logits.shape:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)
         self.token.copy_(logits.argmax(-1, keepdim=True))
         return self.logits
+
+    def _read(self, ids: Tensor, given: dict[str, Tensor]) -> Any:
+        """The prompt's output; the first time, whether this model can be served shows."""
+        before = _python_state(self._cache)
+        try:
+            with torch.no_grad():
+                output = self._module(
+                    input_ids=ids, past_key_values=self._cache, use_cache=True, **given, **self._options
+                )
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self._proven:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise NotCoveredError(f"its prompt cannot be read into a static cache ({reason})") from error
+        if _python_state(self._cache) != before:
+            raise NotCoveredError("its cache counts tokens outside of tensors.")
+        self._proven = True
+        return output
 
     def step(self, token: Tensor | None = None) -> Tensor:
         """Logits ``[B, V]`` after ``token`` ``[B]`` (default: the greedy one); the same tensor every time."""
@@ -184,18 +203,24 @@ class Generator:
         self._module, self._backend, self._prepare = module, backend, prepare
         self._sessions: OrderedDict[tuple[int, int, bool], DecodeSession] = OrderedDict()
         self._refusal = _refusal(module)
+        self._busy = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' ``generate``, with its decoding loop replaced where ours covers what is asked for."""
         self._prepare(self._module)
         why = self._refusal or _unsupported(self._module, args, kwargs)
-        if why is None:
+        if why is None and not self._busy.acquire(blocking=False):
+            why = "another thread is generating with it"
+        elif why is None:
             try:
                 # Of its own arguments, transformers does not pass the streamer on to a loop of the caller.
                 loop = functools.partial(self._loop, kwargs.get("streamer"))
                 return self._module.generate(*args, custom_generate=loop, **kwargs)
             except NotCoveredError as error:
-                self._refusal = why = str(error)
+                why = str(error)
+                self._refusal = None if error.this_call else why
+            finally:
+                self._busy.release()
         logger.info("%s: transformers' generation loop is used: %s", type(self._module).__name__, why)
         return self._module.generate(*args, **kwargs)
 
@@ -277,9 +302,15 @@ def _refusal(module: Any) -> str | None:
         return "it is no decoder alone"
     if not getattr(module, "_can_compile_fullgraph", False):
         return "transformers says that it cannot run with a cache of fixed size"
-    names = parameter_names(module)
-    missing = {"input_ids", "past_key_values", "use_cache"} - set(names)
-    return f"its forward has no {', '.join(sorted(missing))}" if missing else None
+    missing = {"input_ids", "past_key_values", "use_cache"} - set(parameter_names(module))
+    if missing:
+        return f"its forward has no {', '.join(sorted(missing))}"
+    from transformers import StaticCache
+
+    layers: Any = StaticCache(config=config, max_cache_len=2).layers  # allocates on first use only
+    if any(getattr(layer, "is_sliding", True) for layer in layers):
+        return "its cache has sliding windows or other layers that count tokens in Python"
+    return None
 
 
 def _unsupported(module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
@@ -312,6 +343,9 @@ def _allocate(cache: Any, config: Any, batch: int, dtype: torch.dtype, device: t
         size = text.hidden_size // text.num_attention_heads
     if not isinstance(heads, int) or not isinstance(size, int):
         raise NotCoveredError("its configuration does not tell the shape of its cache.")
+    needed = 2 * len(cache.layers) * batch * heads * size * cache.layers[0].max_cache_len * dtype.itemsize
+    if device.type == "cpu" and needed > physical_memory() // 4:
+        raise NotCoveredError(f"a cache for this length takes {needed / 1e9:.1f} GB at once", this_call=True)
     cache.early_initialization(batch, heads, size, dtype, device)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine"]
+__all__ = ["machine", "physical_memory"]
 
 
 def machine() -> dict[str, Any]:
@@ -32,6 +32,14 @@ def machine() -> dict[str, Any]:
         "versions": versions,
         "command": shlex.join(command),
     }
+
+
+def physical_memory() -> int:
+    """Bytes of memory the machine has; where the system does not say, more than anything asks for."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return sys.maxsize
 
 
 def _processor() -> str:

@@ -191,3 +191,36 @@ def test_few_sessions_are_kept() -> None:
     for batch in range(1, 7):
         small.generate.session(batch, 10)
     assert len(small.generate._sessions) == 4
+
+
+def test_a_cache_that_would_not_fit_is_left_to_grow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = compressed("llama-tied-odd")
+    options = {**prompt("llama-tied-odd"), "max_new_tokens": 4, "do_sample": False}
+    with caplog.at_level(logging.INFO, logger="fxcompress.decoding"), monkeypatch.context() as patched:
+        patched.setattr("fxcompress.decoding.physical_memory", lambda: 1000)
+        found = small.generate(**options)
+    assert "a cache for this length takes" in caplog.text
+    assert torch.equal(found, small.generate(**options))
+    assert small.generate._sessions
+
+
+def test_a_second_thread_does_not_share_the_memory(caplog: pytest.LogCaptureFixture) -> None:
+    small = compressed("llama-tied-odd")
+    options = {**prompt("llama-tied-odd"), "max_new_tokens": 4, "do_sample": False}
+    expected = small.generate(**options)
+    with caplog.at_level(logging.INFO, logger="fxcompress.decoding"), small.generate._busy:
+        assert torch.equal(small.generate(**options), expected)
+    assert "another thread" in caplog.text
+
+
+def test_a_cache_of_another_shape_than_the_configuration_says_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = compressed("llama-tied-odd")
+    monkeypatch.setattr(small.model.config, "num_key_value_heads", 7)
+    with caplog.at_level(logging.INFO, logger="fxcompress.decoding"):
+        found = small.generate(**prompt("llama-tied-odd"), max_new_tokens=3, do_sample=False)
+    assert "cannot be read into a static cache" in caplog.text
+    assert found.shape[1] <= 8
