@@ -66,15 +66,16 @@ def measure_kernels(
         ``gigabytes`` and ``gigaops`` per second, ``read share`` and ``peak share`` of the ceilings.
     """
     limits = ceilings()
-    distinct: dict[tuple[Any, ...], list[KernelUse]] = {}
-    for use in uses:
-        distinct.setdefault(use.key, []).append(use)
+    distinct: dict[tuple[Any, ...], dict[tuple[str, ...], KernelUse]] = {}
+    for use in uses:  # every graph of a model uses the same weights again
+        distinct.setdefault(use.key, {}).setdefault(use.names, use)
     rows = []
     for same in distinct.values():
+        first = next(iter(same.values()))
         for count in tokens:
-            row = _measure(same[0], store, count, seconds, limits)
+            row = _measure(first, store, count, seconds, limits)
             if row is not None:
-                rows.append({"weights": ", ".join(same[0].names), "sites": len(same), **row})
+                rows.append({"weights": ", ".join(first.names), "sites": len(same), **row})
     return rows
 
 

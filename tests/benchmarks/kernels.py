@@ -5,7 +5,7 @@ For every shape, form and number of tokens: time, weight bytes read and operatio
 as a share of what this machine was measured to stream and multiply in float32 (``torch.sum``, ``torch.mm``).
 The constants of ``backends/cpu/selection.py`` and ``isa.py`` come from this table.
 
-Run: python -m tests.benchmarks.kernels [--shapes 8192x2048 576x1536] [--tokens 1 8 32 256] [--write]
+Run: python -m tests.benchmarks.kernels [--shapes 8192x2048 576x1536] [--tokens 1 32 128 512] [--write]
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ FORMS = (  # bits, symmetric, group, activation
     (3, False, 64, None),
     (4, False, 64, None),
     (4, False, 64, "dynamic"),
+    (4, False, 128, "dynamic"),
+    (4, False, 0, "dynamic"),
     (5, False, 64, None),
     (6, False, 64, "dynamic"),
     (8, True, 0, None),
@@ -82,9 +84,9 @@ def generated(weight: Tensor, bits: int, symmetric: bool, group: int, activation
     number = form.call_number(isa, kernel_group(term.group_size, columns))
     nbytes = sum(t.nbytes for t in operands if t is not None)
     operator = torch.ops.fxcompress_cpu.linear.default
-    return Variant(
-        form.title.removesuffix("-float32-float32"), lambda x: operator(x, *operands, number), nbytes
-    )
+    title = form.title.removeprefix("linear-").removesuffix("-float32-float32")
+    name = f"{title}, {f'groups of {group}' if group else 'per row'}"
+    return Variant(name, lambda x: operator(x, *operands, number), nbytes)
 
 
 def atens(weight: Tensor) -> list[Variant]:
@@ -201,9 +203,12 @@ def call_overhead() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--shapes", nargs="*", default=["8192x2048", "3072x576", "576x1536"], help="outputs x inputs"
+        "--shapes",
+        nargs="*",
+        default=["8192x2048", "960x576", "3072x576", "576x1536"],
+        help="outputs x inputs",
     )
-    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 8, 32, 256])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 32, 128, 512])
     parser.add_argument("--seconds", type=float, default=2.0, help="per shape and number of tokens")
     parser.add_argument("--write", action="store_true", help="keep the result under tests/benchmarks/results")
     options = parser.parse_args()
@@ -231,7 +236,7 @@ def main() -> None:
                 )
                 table.append(row)
                 say(
-                    f"{shape:>10} M={tokens:<4} {row.name:28} {row.milliseconds:9.3f} ms"
+                    f"{shape:>10} M={tokens:<4} {row.name:32} {row.milliseconds:9.3f} ms"
                     f" {row.gigabytes:7.2f} GB/s {row.gigaops:8.1f} GOP/s"
                     f" {row.streaming:6.0%} of streaming {row.peak:6.0%} of float32\n"
                 )

@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--files", nargs="*", choices=list(FILE_TYPES), default=list(FILE_TYPES))
     parser.add_argument("--no-compiled", action="store_true", help="leave out what torch's compiler makes")
+    parser.add_argument("--suffix", default="", help="of the result file's name")
     parser.add_argument("--quality", action="store_true", help="llama.cpp's perplexity, too")
     options = parser.parse_args()
     for kind in options.model:
@@ -238,7 +239,7 @@ def main() -> None:
             gc.collect()
             content["rates"] = measure(contenders, options.prefill, options.rounds)
         content["failures"] = failures
-        write(f"peers-{kind}", content)
+        write(f"peers-{kind}{options.suffix}", content)
 
 
 def peer_versions() -> dict[str, str]:

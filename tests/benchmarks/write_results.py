@@ -45,7 +45,8 @@ def activations(content: dict[str, Any]) -> list[str]:
         *head("Weights and activations", content),
         "As above. The copy with outliers computes the same function with one channel of every norm's output",
         "50 times larger. Where nothing else is said, weights have one scale per row at 8 and 6 bits, per 64",
-        "inputs at 4 bits, activations one per token; output heads are left alone.",
+        "inputs at 4 bits, activations one per token; output heads are left alone. FP8 has no 6-bit row: its",
+        "two formats have 8 bits.",
         "",
         *tables("activations", content),
     ]
@@ -107,6 +108,72 @@ def speed(content: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+PEERS = {
+    "peers-packaged": "Beside other tools",
+    "peers-packaged-lengths": "Beside other tools: short and long prompts",
+    "peers-synthetic-1b": "Beside other tools: a decoder of 1.1 billion parameters, random weights",
+}
+
+
+def peers(title: str, content: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    rates = content["rates"]
+    works = list(next(iter(rates.values())))
+    lines = [f"## {title}", "", f"{environment(content)} {versions}.", ""]
+    lines += [
+        "All take turns: decode is 63 greedy steps after 128 tokens, prefill reads a prompt; better of two",
+        "tries, medians of the rounds; × is the median ratio to float32 eager torch in the same round.",
+        "llama.cpp runs the packaged file requantized by its own tool.",
+        "",
+        "| contender | " + " | ".join(f"{work}, tok/s | ×" for work in works) + " |",
+        "|---" * (1 + 2 * len(works)) + "|",
+    ]
+    for name, found in rates.items():
+        cells = [f"{found[work]['tokens/s']:.0f} | {found[work]['ratio']:.2f}" for work in works]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for name, found in content.get("perplexity", {}).items():
+        texts = ", ".join(f"{value:.2f} on {text}" for text, value in found.items())
+        lines.append(f"Perplexity of {name}: {texts}.")
+    lines += [f"Did not run: {name} ({reason})." for name, reason in content["failures"].items()]
+    return [*lines, ""]
+
+
+_SHOWN = ("w4zg-a8", "w4z-a8", "w4zg,", "w8-a8", "int8×int8", "int4", "MatMulNBits", "float32")
+
+
+def kernels(content: dict[str, Any]) -> list[str]:
+    gigabytes = content["streaming bytes per second"] / 1e9
+    lines = [
+        "## Kernels",
+        "",
+        environment(content),
+        "",
+        f"Outputs × inputs. Shares are of what all threads read from memory ({gigabytes:.0f} GB/s), and of",
+        "oneDNN's 8-bit product (ATen int8×int8) of the same size in the same run, whose activations are codes",
+        "already; the generated kernels quantize theirs. One token is bound by reading, many by multiplying.",
+        "",
+        "| size | tokens | kernel | ms | of reading | GOP/s | of oneDNN int8 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = content["rows"]
+    for row in rows:
+        if not any(part in row["name"] for part in _SHOWN):
+            continue
+        (peer,) = [
+            other
+            for other in rows
+            if other["name"] == "ATen int8×int8"
+            and all(other[key] == row[key] for key in ("rows", "columns", "tokens"))
+        ]
+        size = f"{row['rows']}×{row['columns']}"
+        lines.append(
+            f"| {size} | {row['tokens']} | {row['name']} | {row['milliseconds']:.3f} |"
+            f" {row['streaming']:.0%} | {row['gigaops']:.0f} | {row['gigaops'] / peer['gigaops']:.0%} |"
+        )
+    return [*lines, ""]
+
+
 def main() -> None:
     lines = [
         "# Results",
@@ -119,6 +186,13 @@ def main() -> None:
         path = RESULTS / f"{name}.json"
         if path.exists():
             lines += render(json.loads(path.read_text(encoding="utf-8")))
+    for name, title in PEERS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            lines += peers(title, json.loads(path.read_text(encoding="utf-8")))
+    path = RESULTS / "kernels.json"
+    if path.exists():
+        lines += kernels(json.loads(path.read_text(encoding="utf-8")))
     PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 

@@ -195,6 +195,8 @@ def test_bench_kernels_shows_every_product(run: Run, decoder_dir: Path, tmp_path
         assert row["gigaops"] == pytest.approx(done_at_once / row["milliseconds"] / 1e6)
         assert row["read share"] > 0
         assert row["peak share"] > 0
+    layers = json.loads((decoder_dir / "config.json").read_text())["num_hidden_layers"]
+    assert {row["sites"] for row in rows if "q_proj" in row["weights"]} == {layers}
     shown = run("bench", str(out), "--kernels")
     assert "q_proj k_proj v_proj" in " ".join(shown.stdout.split())
 
