@@ -151,7 +151,7 @@ def kernels(content: dict[str, Any]) -> list[str]:
         "",
         f"Outputs × inputs. Shares are of what all threads read from memory ({gigabytes:.0f} GB/s), and of",
         "oneDNN's 8-bit product (ATen int8×int8) of the same size in the same run, whose activations are",
-        "codes already; generated kernels quantize theirs. Few tokens are bound by reading, many by products.",
+        "codes already; generated kernels quantize theirs. Few tokens are bound by reading, many by sums.",
         "",
         "| size | tokens | kernel | ms | of reading | GOP/s | of oneDNN int8 |",
         "|---|---|---|---|---|---|---|",
