@@ -68,11 +68,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         ],
     },
     "w8a8-outliers": {
-        "summary": "static 8 bits after centring and shrinking outliers, the worst inputs at 16 bits",
+        "summary": "static 8 bits after centring and shrinking outliers; dynamic or 16 bits where that loses",
         "passes": [
             {"suppress-outliers": {"group_size": 64}},
             {"quantize-weights": {"bits": 8, "group_size": 64}},
             {"quantize-activations": {"bits": 8, "mode": "static", "max_error": 0.015}},
+            {"quantize-activations": {"bits": 8, "mode": "dynamic", "max_error": 0.015}},
             "fuse-siblings",
         ],
     },

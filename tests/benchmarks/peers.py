@@ -210,6 +210,8 @@ def main() -> None:
     parser.add_argument("--suffix", default="", help="of the result file's name")
     parser.add_argument("--quality", action="store_true", help="llama.cpp's perplexity, too")
     options = parser.parse_args()
+    # All compiled contenders count against one limit; past it Dynamo would run the later ones uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     for kind in options.model:
         model, tokenizer = packaged_model() if kind == "packaged" else (synthetic_model(), None)
         size = model.config.vocab_size

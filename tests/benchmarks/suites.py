@@ -76,7 +76,10 @@ def activation_cases() -> dict[str, Case]:
             found["w8a8-mixed"] = ("w8a8-mixed", DOCUMENTATION)
             found["w8a8, static, plain"] = (both(bits, mode="static"), DOCUMENTATION)
             found["w8a8, static, OS+"] = (both(bits, "suppress-outliers", mode="static"), DOCUMENTATION)
-            found["w8a8-outliers (static OS+, worst inputs at 16 bits)"] = ("w8a8-outliers", DOCUMENTATION)
+            found["w8a8-outliers (static OS+, some inputs dynamic or 16 bits)"] = (
+                "w8a8-outliers",
+                DOCUMENTATION,
+            )
             found["w8a8-reorder (RPTQ, worst inputs at 16 bits)"] = ("w8a8-reorder", DOCUMENTATION)
             paper = [{"split-outlier-features": {"threshold": 6.0}}, *rtn_rest(8)]
             found["w8a8, LLM.int8(), threshold 6, per row"] = (paper, None)

@@ -128,7 +128,7 @@ def peers(title: str, content: dict[str, Any]) -> list[str]:
         "| contender | " + " | ".join(f"{work}, tok/s | ×" for work in works) + " |",
         "|---" * (1 + 2 * len(works)) + "|",
     ]
-    for name, found in rates.items():
+    for name, found in sorted(rates.items(), key=lambda item: -item[1]["decode"]["ratio"]):
         cells = [f"{found[work]['tokens/s']:.0f} | {found[work]['ratio']:.2f}" for work in works]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines.append("")
