@@ -56,6 +56,7 @@ class _Compiled:
     packed: tuple[PackedInput, ...]
     symbols: tuple[sympy.Symbol, ...]
     specs: dict[tuple[int, ...], LinearSpec]  # by the positions of the codes
+    choices: dict[int, str]  # by the place of a linear in the block
 
 
 @dataclass
@@ -87,11 +88,11 @@ class RegionCompiler:
         place = {node: index for index, node in enumerate(block.nodes)}
         key = repr((block.structure, len(inputs), [[place[node] for node in group] for group in siblings]))
         symbols = _symbols(inputs)
-        plan: Plan | None = None
         if key not in self.cache:
-            plan = self._plan(block, inputs, siblings)
+            plan = make_plan(block.nodes, inputs, siblings, self.applied.dequantized)
             self.cache[key] = self._compile(block, inputs, plan, symbols, mode)
         compiled = self.cache[key]
+        self._explain(block, compiled)
         _unify(compiled.symbols, symbols, mode)
         self.uses += [
             KernelUse(compiled.specs[position], tuple(self._name(inputs[p]) for p in position))
@@ -104,10 +105,10 @@ class RegionCompiler:
         values = tuple(inputs[index] for index in compiled.kept)
         return Region(compiled.function, values, packed, block.outputs)
 
-    def _plan(self, block: Block, inputs: Sequence[fx.Node], siblings: Sequence[Sequence[fx.Node]]) -> Plan:
-        plan = make_plan(block.nodes, inputs, siblings, self.applied.dequantized)
-        for node, text in plan.choices.items():
-            weight = weight_of_linear(node)
+    def _explain(self, block: Block, compiled: _Compiled) -> None:
+        """Note the kernel of every weight of the block, whether compiled here or for an equal one."""
+        for index, text in compiled.choices.items():
+            weight = weight_of_linear(block.nodes[index])
             if weight is not None:
                 self.choices[self.applied.dequantized[weight]] = text
         for node in block.nodes:
@@ -115,7 +116,6 @@ class RegionCompiler:
             if name is not None and node.target not in _KNOWN and name not in self.choices:
                 self.choices[name] = f"no kernel for {node.target}: dequantized at run time"
                 logger.info("%s: %s", name, self.choices[name])
-        return plan
 
     def _siblings(self, block: Block) -> list[list[fx.Node]]:
         """Groups of linears of this block that the state fuses and that read the same activation."""
@@ -164,7 +164,8 @@ class RegionCompiler:
             for first, group in plan.groups.items()
         }
         taken = tuple(keys[index - len(inputs)] for index in used)
-        return _Compiled(function, tuple(kept), taken, symbols, specs)
+        choices = {block.nodes.index(node): text for node, text in plan.choices.items()}
+        return _Compiled(function, tuple(kept), taken, symbols, specs, choices)
 
     def _name(self, node: fx.Node) -> str:
         return self.applied.form_inputs[node.name].name

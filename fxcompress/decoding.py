@@ -119,15 +119,23 @@ class DecodeSession:
         self._step = compile_function(_step, self._recorder)
         self._replay: Callable[[], object] | None = None
         self._proven = False
+        self._used = 0
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameter_names(module) else {}
 
     def prefill(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Start over with prompts ``[B, T]`` (and ``[B, T]`` mask of ones and zeros): logits ``[B, V]``."""
+        """Start over with prompts ``[B, T]`` (and ``[B, T]`` mask of ones and zeros): logits ``[B, V]``.
+
+        Raises:
+            FxCompressError: the prompt is longer than the cache, or its mask is missing or not expected.
+        """
+        if (mask is not None) != self.padded:
+            raise FxCompressError("mask: expected exactly when the session was made with padded=True.")
+        self._used = 0
+        self._take(ids.shape[1])
         self._cache.reset()
         self._replay = None
         given: dict[str, Tensor] = {}
-        if self.padded:
-            assert mask is not None
+        if mask is not None:
             self._extra["attention_mask"].fill_(1)[:, : ids.shape[1]] = mask
             positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
             given = {"attention_mask": self._extra["attention_mask"], "position_ids": positions}
@@ -141,6 +149,15 @@ class DecodeSession:
         self.logits.copy_(logits)
         self.token.copy_(logits.argmax(-1, keepdim=True))
         return self.logits
+
+    def _take(self, tokens: int) -> None:
+        """Count tokens: compiled code would write behind the end of a full cache."""
+        if self._used + tokens > self.capacity:
+            raise FxCompressError(
+                f"{self._used + tokens} tokens do not fit a cache of {self.capacity}.",
+                fix="ask for a session of the whole length.",
+            )
+        self._used += tokens
 
     def _read(self, ids: Tensor, given: dict[str, Tensor]) -> Any:
         """The prompt's output; the first time, whether this model can be served shows."""
@@ -161,7 +178,12 @@ class DecodeSession:
         return output
 
     def step(self, token: Tensor | None = None) -> Tensor:
-        """Logits ``[B, V]`` after ``token`` ``[B]`` (default: the greedy one); the same tensor every time."""
+        """Logits ``[B, V]`` after ``token`` ``[B]`` (default: the greedy one); the same tensor every time.
+
+        Raises:
+            FxCompressError: the cache is full.
+        """
+        self._take(1)
         if token is not None:
             self.token.copy_(token.view(-1, 1))
         with torch.no_grad():

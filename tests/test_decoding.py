@@ -12,6 +12,7 @@ from torch import Tensor
 import fxcompress
 from fxcompress import CompressedModel
 from fxcompress.decoding import DecodeSession, NotCoveredError
+from fxcompress.errors import FxCompressError
 from tests.zoo import entry
 
 COVERED = ("llama-tied-odd", "gpt2-odd", "mixtral", "qwen3-moe", "phi3")
@@ -224,3 +225,25 @@ def test_a_cache_of_another_shape_than_the_configuration_says_is_refused(
         found = small.generate(**prompt("llama-tied-odd"), max_new_tokens=3, do_sample=False)
     assert "cannot be read into a static cache" in caplog.text
     assert found.shape[1] <= 8
+
+
+def test_a_session_refuses_what_does_not_fit() -> None:
+    small = compressed("llama-tied-odd")
+    session = small.generate.session(1, 10)
+    ids = prompt("llama-tied-odd", 1, 5)["input_ids"]
+    with pytest.raises(FxCompressError, match="do not fit a cache"):
+        session.prefill(ids.repeat(1, session.capacity))
+    with pytest.raises(FxCompressError, match="padded=True"):
+        session.prefill(ids, torch.ones_like(ids))
+    session.prefill(ids)
+    for _ in range(session.capacity - 5):
+        session.step()
+    with pytest.raises(FxCompressError, match=f"{session.capacity + 1} tokens"):
+        session.step()
+
+
+def test_every_weight_of_equal_blocks_is_explained() -> None:
+    small = compressed("llama-tied-odd", backend="inductor", recipe="w4a8")
+    small(input_ids=prompt("llama-tied-odd")["input_ids"])
+    matrices = {name for name in small.artifact.forms if small.artifact.forms[name].terms}
+    assert set(small.explain()) == matrices

@@ -83,15 +83,15 @@ def speed(content: dict[str, Any]) -> list[str]:
     settings, limits = content["settings"], content["limits"]
     lines = ["## Speed", "", environment(content), ""]
     lines += [
-        f"Decode: {settings['steps']} greedy steps after {settings['prompt']} tokens (eager: dynamic cache,",
-        f"compressed: static cache); prefill: {settings['prefill']} tokens. Variants take turns; better of",
-        f"{settings['tries']} tries, medians of {settings['rounds']} rounds; × is the median ratio to",
-        "float32 eager in the same round.",
+        f"Decode: {settings['steps']} greedy steps after {settings['prompt']} tokens (eager: dynamic cache;",
+        "compiled: static cache; compressed: the loop of their `generate`); prefill:",
+        f"{settings['prefill']} tokens. Variants take turns; better of {settings['tries']} tries, medians of",
+        f"{settings['rounds']} rounds; × is the median ratio to float32 eager in the same round.",
         "",
         "The last columns are the distance to the machine: weights read per second in decoding, as a share",
         f"of the {limits['read GB/s']:.0f} GB/s that its threads read from memory, and operations per second",
         f"in prefill, as a share of the {limits['int8 GOP/s']:.0f} GOP/s of oneDNN's 8-bit product. What is",
-        "missing in decoding is mostly calls and the loop; smaller weights have less to hide it behind.",
+        "missing in decoding is mostly calls of small kernels; small weights hide less of them.",
         "",
         "| variant | decode tok/s | × | prefill tok/s | × | resident MB | first calls, s | of reading"
         " | of int8 |",
