@@ -7,11 +7,11 @@ from collections.abc import Set as AbstractSet
 import torch
 
 from fxcompress.backends.cpu.embeddings import GeneratedEmbedding
-from fxcompress.backends.cpu.generated import GeneratedDense, linear_form
+from fxcompress.backends.cpu.generated import GeneratedBfloat16, GeneratedDense, linear_form
 from fxcompress.backends.cpu.generator import DTYPES, AnyForm, AttentionForm
 from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.native import prefetch
-from fxcompress.backends.cpu.selection import this_machine
+from fxcompress.backends.cpu.selection import candidates, this_machine
 from fxcompress.edits import CompressionState
 from fxcompress.forms import DynamicPerToken, QuantizedWeight, SiteForm, StaticPerTensor
 
@@ -42,8 +42,9 @@ def forecast(
         if spec.activation is not None:
             wide.setdefault(linear_form(spec))
             continue
-        if this_machine().bfloat16:
-            wide.setdefault(GeneratedDense.form(spec))
+        for kernel in candidates(this_machine()):
+            if isinstance(kernel, GeneratedBfloat16 | GeneratedDense):
+                wide.setdefault(kernel.form(spec))
         narrow.setdefault(linear_form(spec))
     found = [*wide, *([AttentionForm(DTYPES[dtype])] if attention else []), *narrow]
     return list(dict.fromkeys(found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,15 @@ class GeneratedLinear(Kernel):
         """See :meth:`Kernel.refuses`. Compiles the kernel: only a kernel that exists is chosen."""
         if spec.dtype not in DTYPES:
             return f"activations are {spec.dtype}"
-        return ensure_kernel(linear_form(spec), self.isa)
+        return ensure_kernel(self.form(spec), self.isa)
+
+    def form(self, spec: LinearSpec) -> KernelForm:
+        """The kernel form of a use."""
+        return linear_form(spec)
 
     def describe(self, spec: LinearSpec) -> str:
         """See :meth:`Kernel.describe`."""
-        return f"{self.name} {linear_form(spec).title.removeprefix('linear-')}"
+        return f"{self.name} {self.form(spec).title.removeprefix('linear-')}"
 
     def product(
         self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
@@ -61,13 +67,34 @@ class GeneratedLinear(Kernel):
             None if bias is None else bias.to(torch.float32),
             quantized.scale.to(torch.float32) if static and quantized is not None else None,
             quantized.zero if static and quantized is not None else None,
-            linear_form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
+            self.form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
         )
         return y
 
 
+class GeneratedBfloat16(GeneratedLinear):
+    """The same, with many rows of activations rounded to bfloat16, where the processor has products of those.
+
+    Weights are not rounded: codes less their zero-points are exact in bfloat16, scales follow in float32.
+    """
+
+    def refuses(self, spec: LinearSpec) -> str | None:
+        """See :meth:`Kernel.refuses`."""
+        if spec.activation is not None:
+            return "activations are quantized"
+        if not spec.many_rows:
+            return "fewer tokens than bfloat16 products are good for"
+        if not self.isa.bfloat16_flags:
+            return f"no bfloat16 products with {self.isa.name}"
+        return super().refuses(spec)
+
+    def form(self, spec: LinearSpec) -> KernelForm:
+        """See :meth:`GeneratedLinear.form`."""
+        return dataclasses.replace(linear_form(spec), kind="linear-bfloat16")
+
+
 class GeneratedDense(Kernel):
-    """Many rows on a machine with bfloat16 products: tiles dequantized to bfloat16, then oneDNN.
+    """Many rows on a machine with matrix units: tiles dequantized to bfloat16, then oneDNN.
 
     Args:
         isa: Instruction set to generate for.

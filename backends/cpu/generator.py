@@ -23,9 +23,11 @@ DTYPES: dict[torch.dtype, str] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+MANY_ROWS = 16
+"""Activation rows from which a machine with bfloat16 products uses them."""
 GROUP_SHIFT = 34  # bits of a kernel number
 OUTPUT_SHIFT = 12  # where the output's dtype lies in it
-_KINDS = ("linear", "embedding", "dense", "attention")
+_KINDS = ("linear", "embedding", "dense", "attention", "linear-bfloat16")
 _ACTIVATIONS = (None, "dynamic", "static")
 _SUM_LIMIT = 32767  # of a signed 16-bit sum
 _NO_FLUSH = 1 << 20
@@ -36,7 +38,8 @@ class KernelForm:
     """Everything a kernel's source depends on besides the instruction set; shapes are arguments.
 
     Args:
-        kind: ``"linear"``, ``"embedding"`` (rows by index) or ``"dense"`` (dequantized, transposed).
+        kind: ``"linear"``; ``"linear-bfloat16"``, which multiplies many rows as bfloat16; ``"embedding"``
+            (rows by index) or ``"dense"`` (dequantized, transposed).
         bits: Width of a weight code, 2…8.
         has_zero: Whether zero-points are stored; else they are ``2**(bits-1)``.
         grouped: bfloat16 scale per group; else float32 scale per row.
@@ -63,6 +66,10 @@ class KernelForm:
             (self.kind in _KINDS, f"kind={self.kind!r}"),
             (2 <= self.bits <= 8, f"bits={self.bits}"),
             (self.activation in _ACTIVATIONS, f"activation={self.activation!r}"),
+            (
+                self.kind != "linear-bfloat16" or self.activation is None,
+                f"activation={self.activation!r} with kind={self.kind!r}",
+            ),
             (
                 self.activation_bits in range(2, 9) if self.activation else self.activation_bits == 0,
                 f"activation_bits={self.activation_bits} with activation={self.activation!r}",
@@ -98,6 +105,10 @@ class KernelForm:
     def render(self, isa: Isa) -> str:
         """See :func:`render`."""
         return render(self, isa)
+
+    def flags(self, isa: Isa) -> tuple[str, ...]:
+        """Compiler flags for the source of this form on ``isa``."""
+        return (*isa.flags, *isa.bfloat16_flags) if self.kind == "linear-bfloat16" else isa.flags
 
     def call_number(self, isa: Isa, group: int) -> int:
         """What operators take as ``form``: the kernel's number, and the group size in the bits above.
@@ -135,7 +146,13 @@ class AttentionForm:
 
     def render(self, isa: Isa) -> str:
         """The kernel's C++ source."""
-        return render_template("attention.cpp.j2", form=self, isa=isa, nibble_table=False)
+        return render_template(
+            "attention.cpp.j2", form=self, isa=isa, nibble_table=False, bfloat16_panels=False
+        )
+
+    def flags(self, isa: Isa) -> tuple[str, ...]:
+        """Compiler flags for the source of this form on ``isa``."""
+        return isa.flags
 
 
 AnyForm = KernelForm | AttentionForm
@@ -176,8 +193,14 @@ def render(form: KernelForm, isa: Isa) -> str:
         >>> form = KernelForm("linear", 4, True, True, "dynamic", 8, "float32", "float32")
         >>> render(form, PORTABLE).splitlines()[0]
         '// linear-w4zg-a8dynamic-float32-float32'
+
+    Raises:
+        BackendError: the instruction set lacks what the form is made of.
     """
+    if form.kind == "linear-bfloat16" and not isa.bfloat16_flags:
+        raise BackendError(f"{form.title}: there are no bfloat16 products with {isa.name}.")
     split = isa.narrow_sums and form.bits == 8
+    is_linear = form.kind in ("linear", "linear-bfloat16")
     return (
         _environment()
         .get_template("kernel.cpp.j2")
@@ -189,13 +212,15 @@ def render(form: KernelForm, isa: Isa) -> str:
             qmax=(1 << form.bits) - 1,
             act_qmax=(1 << (form.activation_bits - 1)) - 1 if form.activation else 0,
             flush_steps=flush_steps(form.bits, isa),
-            nibble_table=isa.byte_table and form.kind == "linear" and form.bits <= 4 and not form.activation,
+            nibble_table=isa.byte_table and is_linear and form.bits <= 4 and not form.activation,
             table=_bfloat16_bytes(form.bits),
             # Split codes take twice the registers and twice the multiplications.
             integer_rows=isa.integer_rows[1:] if split else isa.integer_rows,
             float_panels=split and form.activation is not None,
             # Codes of 8 bits need no unpacking, and without their zero-point would not fit a signed byte.
             integer_panels=isa.vnni and form.bits < 8,
+            bfloat16_panels=form.kind == "linear-bfloat16",
+            bfloat16_from=MANY_ROWS,
         )
     )
 

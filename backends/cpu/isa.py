@@ -38,6 +38,9 @@ class Isa:
         panel_rows: Most activation rows that share one panel.
         activation_bytes: Bytes of quantized activations kept in the second-level cache: half of the smallest
             that processors with this set have.
+        bfloat16_flags: Compiler flags that add products of bfloat16 pairs; empty where there are none to use.
+        bfloat16_rows: Activation rows per tile of bfloat16 panels, like ``integer_rows``.
+        bfloat16_inputs: Inputs of a bfloat16 panel.
     """
 
     name: str
@@ -57,6 +60,9 @@ class Isa:
     panel_from: int = 6
     panel_rows: int = 192
     activation_bytes: int = 131072
+    bfloat16_flags: tuple[str, ...] = ()
+    bfloat16_rows: tuple[int, ...] = (8, 4, 2, 1)
+    bfloat16_inputs: int = 512
 
     @property
     def block(self) -> int:
@@ -104,6 +110,7 @@ AVX512_VNNI = Isa(
     panel_integer_rows=(8, 4, 2, 1),
     float_rows=(12, 6, 2, 1),
     activation_bytes=524288,
+    bfloat16_flags=("-mavx512bf16",),
 )
 NEON = Isa("neon", 4, "neon", 4, "arm_neon.h", ("-march=armv8.2-a+dotprod",), frozenset({"asimd", "asimddp"}))
 

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxcompress.backends.cpu.generator import MANY_ROWS
 from fxcompress.backends.cpu.layouts import Layout
-
-# From this many rows on, the weight is unpacked to bfloat16 and multiplied with oneDNN: the time of ATen's
-# weight-only kernels grows linearly with the rows. The exact threshold is a choice, not yet a measurement.
-MANY_ROWS = 16
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def prefetch(forms: Sequence[AnyForm], isa: Isa) -> None:
         try:
             for form, done in queue:
                 with contextlib.suppress(BackendError, OSError):
-                    compiled(f"{form.title}-{isa.name}", form.render(isa), isa.flags)
+                    compiled(f"{form.title}-{isa.name}", form.render(isa), form.flags(isa))
                 done.set()
                 if not _OPERATORS.is_set():  # their headers are long: a kernel first, for planning to start
                     with contextlib.suppress(BackendError, OSError):
@@ -205,7 +205,7 @@ def load_kernel(form: AnyForm, isa: Isa) -> ctypes.CDLL:
     Raises:
         BackendError: it cannot be compiled or loaded, or is of another interface version.
     """
-    path = compiled(f"{form.title}-{isa.name}", form.render(isa), isa.flags)
+    path = compiled(f"{form.title}-{isa.name}", form.render(isa), form.flags(isa))
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

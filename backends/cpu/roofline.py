@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcompress.backends.cpu.generated import GeneratedDense
+from fxcompress.backends.cpu.generated import GeneratedBfloat16, GeneratedDense
 from fxcompress.backends.cpu.kernel_types import LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.selection import choose_kernel, this_machine
 from fxcompress.store import WeightStore
@@ -111,7 +111,8 @@ def _measure(
     took = statistics.median(samples)
     moved = sum(tensor.nbytes for tensor in packed.values()) + x.nbytes * (1 + spec.rows / spec.columns)
     done = 2 * tokens * spec.rows * spec.columns
-    arithmetic = "int8" if quantized else "bfloat16" if isinstance(kernel, GeneratedDense) else "float32"
+    wide = isinstance(kernel, GeneratedBfloat16 | GeneratedDense)
+    arithmetic = "int8" if quantized else "bfloat16" if wide else "float32"
     return {
         "kernel": text,
         "outputs": spec.rows,

@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel, GeneratedEmbedding, RowsEmbedding
-from fxcompress.backends.cpu.generated import GeneratedDense, GeneratedLinear
+from fxcompress.backends.cpu.generated import GeneratedBfloat16, GeneratedDense, GeneratedLinear
 from fxcompress.backends.cpu.isa import Isa, machine_isa, processor_flags
 from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec
 from fxcompress.backends.cpu.kernels import (
@@ -22,6 +22,7 @@ from fxcompress.backends.cpu.kernels import (
 )
 
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+_MATRIX_UNITS = frozenset({"amx_bf16"})
 _INT8 = frozenset({"avx512_vnni", "amx_int8"})
 
 
@@ -33,17 +34,21 @@ class Machine:
         isa: Instruction set of generated kernels.
         bfloat16: Has bfloat16 products; without them oneDNN's are several times slower than float32.
         int8: Has byte products that torch uses; without them ``_int_mm`` is a plain loop.
+        matrix_units: Has matrix units for bfloat16, which oneDNN uses and generated kernels do not.
     """
 
     isa: Isa
     bfloat16: bool
     int8: bool
+    matrix_units: bool = False
 
 
 def this_machine() -> Machine:
     """The machine this process runs on; ``FXCOMPRESS_CPU_ISA`` replaces its instruction set."""
     flags = _flags()
-    return Machine(machine_isa(), bool(flags & _BFLOAT16), bool(flags & _INT8))
+    return Machine(
+        machine_isa(), bool(flags & _BFLOAT16), bool(flags & _INT8), matrix_units=bool(flags & _MATRIX_UNITS)
+    )
 
 
 @functools.cache
@@ -56,7 +61,9 @@ def candidates(machine: Machine) -> tuple[Kernel, ...]:
     """Linear kernels worth running on ``machine``, best first."""
     generated: tuple[Kernel, ...] = (GeneratedLinear(machine.isa),)
     if machine.bfloat16:
-        generated = (GeneratedDense(machine.isa), *generated)
+        direct = bool(machine.isa.bfloat16_flags) and not machine.matrix_units
+        wide = GeneratedBfloat16(machine.isa) if direct else GeneratedDense(machine.isa)
+        generated = (wide, *generated)
     aten: list[Kernel] = [Int8Int8()] if machine.int8 else []
     aten.append(Int4WeightOnly(any_tokens=machine.bfloat16))
     aten += [Int4Unpacked()] if machine.bfloat16 else []

@@ -33,6 +33,7 @@ class Case:
     group: int
     activation: ActivationQuantizer | None
     dtype: torch.dtype = torch.float32
+    kind: str = "linear"
 
     @property
     def form(self) -> KernelForm:
@@ -40,7 +41,7 @@ class Case:
         if self.activation is not None:
             mode, bits = "static" if isinstance(self.activation, StaticPerTensor) else "dynamic", 8
         dtype = DTYPES[self.dtype]
-        return KernelForm("linear", self.bits, not self.symmetric, self.group > 0, mode, bits, dtype, dtype)
+        return KernelForm(self.kind, self.bits, not self.symmetric, self.group > 0, mode, bits, dtype, dtype)
 
 
 DYNAMIC = DynamicPerToken(8)

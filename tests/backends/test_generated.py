@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxcompress.backends.cpu.generator import KernelForm
+from fxcompress.backends.cpu.generator import MANY_ROWS, KernelForm
 from fxcompress.backends.cpu.isa import ISAS, PORTABLE, Isa, best_isa, processor_flags
 from fxcompress.backends.cpu.native import ensure_kernel
 from fxcompress.backends.cpu.tiled import kernel_group, tiled_layout
@@ -225,6 +225,41 @@ def test_codes_are_the_references() -> None:
         )
         q, scale = torch.ops.fxcompress.quantize_per_token(x, bits)
         assert torch.equal(y, q.float() * scale)
+
+
+@pytest.mark.skipif(
+    not (BEST.bfloat16_flags and "avx512_bf16" in processor_flags()),
+    reason="no bfloat16 products to generate",
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, False, 64, None, torch.float32, "linear-bfloat16"),
+        Case(8, True, 0, None, torch.bfloat16, "linear-bfloat16"),
+        Case(8, False, 50, None, torch.float32, "linear-bfloat16"),
+        Case(3, True, 40, None, torch.float16, "linear-bfloat16"),
+    ],
+    ids=name,
+)
+def test_many_rows_as_bfloat16(case: Case) -> None:
+    @settings(max_examples=25, deadline=None)
+    @given(
+        st.integers(1, 70),
+        st.integers(1, 1300),  # more inputs than a panel
+        st.sampled_from([1, 5, 15, 16, 17, 31, 40, 300]),
+        st.booleans(),
+        st.integers(0, 99),
+    )
+    def run(rows: int, columns: int, tokens: int, bias: bool, seed: int) -> None:
+        term = random_term(rows, columns, case, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        x = (torch.randn(tokens, columns, generator=generator) + 0.2).to(case.dtype)
+        added = torch.randn(rows, generator=generator) if bias else None
+        seen = x.to(torch.bfloat16).to(case.dtype) if tokens >= MANY_ROWS else x
+        expected = reference(case, term, seen, added)
+        assert error(call(case, BEST, term, x, added), expected) < TOLERANCE[case.dtype]
+
+    run()
 
 
 @pytest.mark.parametrize(

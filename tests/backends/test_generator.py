@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 from pathlib import Path
@@ -56,7 +57,8 @@ def all_forms() -> list[AnyForm]:
             ["embedding", "dense"], range(2, 9), flags, flags, dtypes
         )
     ]
-    return [*linear, *others, *map(AttentionForm, dtypes)]
+    wide = [dataclasses.replace(form, kind="linear-bfloat16") for form in linear if form.activation is None]
+    return [*linear, *wide, *others, *map(AttentionForm, dtypes)]
 
 
 def test_numbers_tell_group_and_dtype() -> None:
@@ -79,6 +81,10 @@ def test_numbers_and_titles_are_unique() -> None:
 @pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
 def test_every_source_renders_and_says_what_it_is(isa: isa_module.Isa) -> None:
     for form in [form for form in all_forms() if isinstance(form, KernelForm)][::7]:
+        if form.kind == "linear-bfloat16" and not isa.bfloat16_flags:
+            with pytest.raises(BackendError, match=f"no bfloat16 products with {isa.name}"):
+                render(form, isa)
+            continue
         source = render(form, isa)
         assert source.startswith(f"// {form.title}\n// instruction set: {isa.name};")
         assert f"weight:      {form.bits} bits" in source
@@ -105,6 +111,7 @@ def test_attention_renders_and_compiles_for_every_set(isa: isa_module.Isa, tmp_p
         ({"kind": "conv"}, "kind='conv'"),
         ({"activation": "magic"}, "activation='magic'"),
         ({"activation": None}, "activation_bits=8 with activation=None"),
+        ({"kind": "linear-bfloat16"}, "activation='dynamic' with kind='linear-bfloat16'"),
         ({"input": "float64"}, "input='float64'"),
         ({"output": "int8"}, "output='int8'"),
     ],
@@ -127,7 +134,7 @@ def assembly(form: AnyForm, isa: isa_module.Isa, folder: Path) -> str:
     compiler = find_compiler()
     source = folder / "kernel.cpp"
     source.write_text(form.render(isa))
-    flags = [flag for flag in (*BASE_FLAGS, *compiler.openmp, *isa.flags) if flag != "-shared"]
+    flags = [flag for flag in (*BASE_FLAGS, *compiler.openmp, *form.flags(isa)) if flag != "-shared"]
     command = [*compiler.command, *flags, "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-S", str(source)]
     result = subprocess.run(
         [*command, "-o", str(folder / "kernel.s")], capture_output=True, text=True, check=True
@@ -148,8 +155,13 @@ def assembly(form: AnyForm, isa: isa_module.Isa, folder: Path) -> str:
             KernelForm("linear", 3, False, False, None, 0, "bfloat16", "float16"),
             ["vpternlogd", "%zmm"],
         ),
+        (
+            AVX512_VNNI,
+            KernelForm("linear-bfloat16", 4, True, True, None, 0, "float32", "float32"),
+            ["vdpbf16ps", "%zmm"],
+        ),
     ],
-    ids=["avx512vnni", "avxvnni", "avx2", "avx512 floats"],
+    ids=["avx512vnni", "avxvnni", "avx2", "avx512 floats", "avx512 bfloat16"],
 )
 def test_the_expected_instructions_appear(
     isa: isa_module.Isa, form: KernelForm, expected: list[str], tmp_path: Path

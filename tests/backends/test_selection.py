@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from fxcompress.backends.cpu import embeddings, generated
-from fxcompress.backends.cpu.isa import AVX2, AVX512_VNNI, PORTABLE
+from fxcompress.backends.cpu.isa import AVX2, AVX512_VNNI, NEON, PORTABLE
 from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.kernels import int4_layout_is_known
 from fxcompress.backends.cpu.selection import Machine, choose_embedding, choose_kernel, this_machine
 
 LAPTOP = Machine(AVX2, bfloat16=False, int8=False)
 SERVER = Machine(AVX512_VNNI, bfloat16=True, int8=True)
+MATRIX = Machine(AVX512_VNNI, bfloat16=True, int8=True, matrix_units=True)
+ARM = Machine(NEON, bfloat16=True, int8=False)
 
 
 def spec(
@@ -48,7 +50,10 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         (LAPTOP, spec(8, 0, "dynamic", 512), "generated avx2 w8-a8dynamic-float32-float32"),
         (LAPTOP, spec(3, 48, "static"), "generated avx2 w3g-a8static-float32-float32"),
         (SERVER, spec(4, 64), "generated avx512vnni w4g-float32-float32"),
-        (SERVER, spec(4, 64, tokens=None), "generated avx512vnni → bfloat16, oneDNN"),
+        (SERVER, spec(4, 64, tokens=None), "generated avx512vnni bfloat16-w4g-float32-float32"),
+        (SERVER, spec(4, 64, tokens=15), "generated avx512vnni w4g-float32-float32"),
+        (MATRIX, spec(4, 64, tokens=None), "generated avx512vnni → bfloat16, oneDNN"),
+        (ARM, spec(4, 64, tokens=None), "generated neon → bfloat16, oneDNN"),
         (SERVER, spec(8, 0, "dynamic", None), "generated avx512vnni w8-a8dynamic-float32-float32"),
     ],
 )
