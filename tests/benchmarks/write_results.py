@@ -123,7 +123,7 @@ def peers(title: str, content: dict[str, Any]) -> list[str]:
     lines += [
         "All take turns: decode is 63 greedy steps after 128 tokens, prefill reads a prompt; better of two",
         "tries, medians of the rounds; × is the median ratio to float32 eager torch in the same round.",
-        "llama.cpp runs the packaged file requantized by its own tool.",
+        "llama.cpp runs a file of the same weights, requantized by its own tool.",
         "",
         "| contender | " + " | ".join(f"{work}, tok/s | ×" for work in works) + " |",
         "|---" * (1 + 2 * len(works)) + "|",
