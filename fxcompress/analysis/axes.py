@@ -154,6 +154,7 @@ class Axes:
 
     def concat(self, parts: Sequence[Dim]) -> Dim:
         """The dimension in which the parts lie one after the other."""
+        parts = [part for part in parts if self.size(part) != 0] or list(parts[:1])
         if len(parts) == 1:
             return parts[0]
         total: Size = 0
@@ -169,6 +170,9 @@ class Axes:
         queue = deque(self.segments(dim))
         pieces: list[Dim] = []
         for size in sizes:
+            if size == 0:
+                pieces.append(self.new(0))
+                continue
             taken: list[Dim] = []
             while size != 0 and queue:
                 self.operations += 1

@@ -90,6 +90,9 @@ def find_kinds(typing: AxisTyping, judgement: Judgement) -> dict[Axis, Kind]:
             for axis in judgement.atoms(dim):
                 if isinstance(axis.size, int) and kinds.get(axis) != "heads":
                     kinds[axis] = kind
+    for dim in typing.experts:
+        for axis in judgement.atoms(dim):
+            kinds.setdefault(axis, "experts")
     for dim in typing.heads:
         for axis in judgement.atoms(dim):
             kinds[axis] = "heads"
