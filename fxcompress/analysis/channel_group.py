@@ -1,4 +1,4 @@
-"""Channel groups: what must be cut together so that a model with smaller tensors computes the same as a masked one."""
+"""Channel groups: what is cut together, so that a smaller model computes the same as a masked one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class GroupMember:
     Args:
         name: Canonical qualified name.
         dim: Dimension of the tensor, non-negative.
-        positions: ``[units, width]`` int64: where along ``dim`` each unit lies. Widths differ between members:
-            a group of grouped-query heads has ``queries · head_dim`` rows of the query projection per unit, and
-            ``head_dim`` of the key projection. Positions outside every unit (another segment of a fused tensor)
-            are never cut.
-        role: ``"produces"``: the slice computes the unit (rows of a weight, its bias). ``"consumes"``: the slice
-            reads it (columns of the next weight). ``"scales"``: element by element between the two (norm gains,
-            running statistics, learned positions).
+        positions: ``[units, width]`` int64: where along ``dim`` each unit lies. Widths differ between
+            members: a group of grouped-query heads has ``queries · head_dim`` rows of the query projection
+            per unit, and ``head_dim`` of the key projection. Positions outside every unit (another segment
+            of a fused tensor) are never cut.
+        role: ``"produces"``: the slice computes the unit (rows of a weight, its bias). ``"consumes"``: the
+            slice reads it (columns of the next weight). ``"scales"``: element by element between the two
+            (norm gains, running statistics, learned positions).
     """
 
     name: str
@@ -42,8 +42,8 @@ class ChannelGroup:
 
     Args:
         name: The first producing parameter and its dimension, ``"model.layers.0.mlp.gate_proj.weight:0"``.
-        kind: What a unit is: a channel, an attention head (with the queries that share its keys and values), or
-            an expert.
+        kind: What a unit is: a channel, an attention head (with the queries that share its keys and values),
+            or an expert.
         units: Their number.
         members: All tensors that hold a part of a unit; no (tensor, dim) twice.
         block: Index of the repeated block that holds the group's producers; -1 outside of blocks.

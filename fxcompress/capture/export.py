@@ -89,7 +89,7 @@ def _program_from_exported(
             weights[weight_of[placeholder]] = constant
         else:
             inputs.append(placeholder)
-    module = normalize(exported.graph_module, weight_of)
+    module = normalize(exported.graph_module, weight_of, weights)
     inputs = _name_inputs(module, inputs, argument_names)
     n_mutations = sum(1 for spec in exported.graph_signature.output_specs if "MUTATION" in spec.kind.name)
     if n_mutations:

@@ -1,0 +1,108 @@
+"""Judge, once all axes are known, along which of them cutting a unit equals masking it.
+
+A masked unit is one whose slices are zero in every parameter. Where its axis is contracted or summed,
+what it adds must then be exactly zero: the zero has to survive from the parameters up to that op.
+Everywhere else ops treat units apart (the rules freeze axes where they do not), so that nothing else can
+notice that a unit is gone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+from torch import fx
+
+from fxcompress.analysis.axes import Axis, Dim
+from fxcompress.analysis.axis_typing import AxisTyping
+from fxcompress.analysis.op_arguments import describe
+
+__all__ = ["Judgement"]
+
+_OUTPUT = "it is an output of the model"
+
+
+class Judgement:
+    """Which axes stay whole, and why."""
+
+    def __init__(self, typing: AxisTyping) -> None:
+        self.typing = typing
+        self.reasons: dict[Axis, str] = {}
+        self._atoms: dict[Dim, frozenset[Axis]] = {}
+        self._zero: dict[fx.Node, frozenset[Axis]] = {}
+        for dim, reason in typing.axes.frozen:
+            for axis in self.atoms(dim):
+                self.freeze(axis, reason)
+        self._find_zeros()
+        self._judge()
+
+    def atoms(self, dim: Dim) -> frozenset[Axis]:
+        """The variables inside a dimension."""
+        found = self._atoms.get(dim)
+        if found is None:
+            found = self._atoms[dim] = frozenset(self.typing.axes.variables(dim))
+        return found
+
+    def live(self, dims: Iterable[Dim]) -> set[Axis]:
+        """Variables of fixed size inside dimensions that are not frozen so far."""
+        return {
+            axis
+            for dim in dims
+            for axis in self.atoms(dim)
+            if axis not in self.reasons and isinstance(axis.size, int)
+        }
+
+    def freeze(self, axis: Axis, reason: str) -> None:
+        """The axis stays whole; the first reason is kept, unless the model's output is one."""
+        if axis not in self.reasons or reason == _OUTPUT:
+            self.reasons[axis] = reason
+
+    def _find_zeros(self) -> None:
+        typing = self.typing
+        for node in typing.program.graph.nodes:
+            held = typing.dims.get(node)
+            if held is None:
+                continue
+            flat = [dim for entry in held for dim in (entry if isinstance(entry, list) else [entry]) if dim]
+            self._zero[node] = frozenset(self._zeros(node, self.live(flat)))
+
+    def _zeros(self, node: fx.Node, live: set[Axis]) -> Iterable[Axis]:
+        if node in self.typing.mutated or not live:
+            return ()
+        if node.op == "placeholder":
+            return live if node.name in self.typing.program.weight_of else ()
+        if node.target is operator.getitem:
+            return live & self._zero.get(node.args[0], frozenset())  # type: ignore[arg-type]
+        effect = self.typing.effects.get(node)
+        if effect is None:
+            return ()
+        if not effect.operands:
+            return ()
+        zeros = [self._zero.get(operand, frozenset()) for operand in effect.operands]
+        if effect.kind == "any":
+            found = live.intersection(frozenset().union(*zeros))
+            for bias in effect.biases:
+                found &= self._zero.get(bias, frozenset())
+            return found
+        if effect.kind == "all":
+            return live.intersection(*zeros)
+        held = [self.live(self.typing.of(operand)) for operand in effect.operands]
+        return {
+            axis
+            for axis in live
+            if all(axis in zero or axis not in own for zero, own in zip(zeros, held, strict=True))
+        }
+
+    def _judge(self) -> None:
+        for made in self.typing.products:
+            for index in range(len(made.operands)):
+                for axis in self.live(made.contracted(index)):
+                    if not any(axis in self._zero[operand] for operand, _ in made.operands):
+                        self.freeze(axis, _added(made.node))
+        for node, source, dim in self.typing.sums:
+            for axis in self.live([dim]) - self._zero[source]:
+                self.freeze(axis, _added(node))
+
+
+def _added(node: fx.Node) -> str:
+    return f"{describe(node)} adds it up, and a masked unit need not be zero there"
