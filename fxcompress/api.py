@@ -16,11 +16,13 @@ from fxcompress.capture import Program, capture_model
 from fxcompress.errors import CalibrationError, RecipeError, WeightError
 from fxcompress.examples import call_arguments, default_example
 from fxcompress.ghost import contains_ghosts
-from fxcompress.hf import empty_model, identity_of, load_tokenizer
+from fxcompress.hf import identity_of, load_tokenizer
 from fxcompress.manager import Verify, run_recipe
 from fxcompress.model import CompressedModel, remove_with, temporary_artifact
 from fxcompress.progress import ProgressOption
 from fxcompress.recipe import Recipe
+from fxcompress.structure.build import build_cut_module
+from fxcompress.structure.load import module_for
 
 __all__ = ["compress", "load"]
 
@@ -96,16 +98,24 @@ def compress(
             progress=progress,
             checkpoint=checkpoint,
         )
+        module, structure, identity = model, None, identity_of(model)
+        if result.rounds:
+            shown = data or examples
+            assert shown is not None
+            built = build_cut_module(model, result.program, result.rounds, shown.sample(1).flat()[0])
+            module, structure, identity = built.module, built.structure, built.identity
+            result.report.structure |= built.describe()
         artifact = build_artifact(
             recipe=chosen.to_dict(),
             state=result.state,
             report=result.report.to_dict(),
-            module=model,
-            identity=identity_of(model),
-            aliases=program.aliases,
+            module=module,
+            identity=identity,
+            aliases=result.program.aliases,
+            structure=structure,
         )
         stored, folder = temporary_artifact(artifact, tokenizer)
-    small = CompressedModel(model, stored, tokenizer=tokenizer)
+    small = CompressedModel(module, stored, tokenizer=tokenizer)
     remove_with(small, folder)
     return small
 
@@ -128,12 +138,11 @@ def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "in
         >>> small.generate(**inputs)
     """
     artifact = read_artifact(path)
-    if model is None:
-        model = empty_model(artifact)
-    else:
-        artifact.check_module(model)
     return CompressedModel(
-        model, artifact, backend=backend, tokenizer=load_tokenizer_if_any(path, artifact.identity.kind)
+        module_for(artifact, model),
+        artifact,
+        backend=backend,
+        tokenizer=load_tokenizer_if_any(path, artifact.identity.kind),
     )
 
 

@@ -28,7 +28,9 @@ from fxcompress.capture.program import Program
 from fxcompress.edits import (
     Edit,
     FuseSites,
+    KeepUnits,
     Refuse,
+    RemoveBlock,
     SetActivation,
     SetEdge,
     SetTensor,
@@ -45,7 +47,10 @@ __all__ = ["CheckpointStore", "canonical", "run_key", "step_key"]
 _FORMAT = 1
 _EDITS: dict[str, type[Any]] = {
     cls.__name__: cls
-    for cls in (SetTensor, SetWeight, SetActivation, SetTransform, SetEdge, FuseSites, Refuse)
+    for cls in (
+        *(SetTensor, SetWeight, SetActivation, SetTransform, SetEdge, FuseSites),
+        *(KeepUnits, RemoveBlock, Refuse),
+    )
 }
 _log = logging.getLogger(__name__)
 
@@ -63,7 +68,10 @@ def run_key(program: Program, data: CalibrationData | None, seed: int) -> str:
 
 
 def step_key(previous: str, item: Pass, index: int) -> str:
-    """Hash of one (pass, block): the step before it, the pass's options and the source of its class."""
+    """Hash of one (pass, block): the step before it, the pass's options and the source of its class.
+
+    ``index`` is -1 for what a structural pass decides about the whole model.
+    """
     try:
         source = inspect.getsource(type(item))
     except (OSError, TypeError):  # defined interactively

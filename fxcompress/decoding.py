@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.compat import compile_function
+from fxcompress.decoding_cache import CacheShapes, NotCoveredError, allocate
 from fxcompress.errors import FxCompressError
 from fxcompress.evaluate import parameter_names
-from fxcompress.machine import physical_memory
 
 __all__ = ["DecodeSession", "Generator"]
 
@@ -40,14 +40,6 @@ _OWN_ARGUMENTS = frozenset(
     }
 )
 """Arguments of ``generate`` the loop understands, besides the fields of a generation configuration."""
-
-
-class NotCoveredError(FxCompressError):
-    """The loop cannot serve this model, or this call; the message says why."""
-
-    def __init__(self, why: str, *, this_call: bool = False) -> None:
-        super().__init__(why)
-        self.this_call = this_call
 
 
 class Backend(Protocol):
@@ -91,6 +83,7 @@ class DecodeSession:
         batch: Sequences.
         capacity: Tokens the cache can hold.
         padded: Whether prompts may be padded; the step then also has a mask and positions.
+        shapes: ``(heads, size)`` of every layer's keys, where the configuration does not tell them.
 
     Raises:
         NotCoveredError: (prefill) the model's cache keeps counts outside of tensors, or has a shape that its
@@ -101,7 +94,15 @@ class DecodeSession:
         >>> logits = session.prefill(ids); logits = session.step()  # the greedy token's successor
     """
 
-    def __init__(self, module: nn.Module, backend: Backend, batch: int, capacity: int, padded: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        backend: Backend,
+        batch: int,
+        capacity: int,
+        padded: bool,
+        shapes: CacheShapes = (),
+    ) -> None:
         from transformers import StaticCache
 
         self.capacity, self.padded = capacity, padded
@@ -109,7 +110,7 @@ class DecodeSession:
         config: Any = module.config
         self._cache: Any = StaticCache(config=config, max_cache_len=capacity)
         device = next(module.parameters()).device
-        _allocate(self._cache, config, batch, _dtype(module), device)
+        allocate(self._cache, config, batch, _dtype(module), device, shapes)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.logits = torch.empty(0)
         self._extra: dict[str, Tensor] = {}
@@ -219,9 +220,13 @@ class Generator:
         module: The module, compiled in place.
         backend: Compiles the decoding step.
         prepare: Called with the module before it is.
+        shapes: ``(heads, size)`` of every layer's keys, where the configuration does not tell them.
     """
 
-    def __init__(self, module: Any, backend: Backend, prepare: Callable[[nn.Module], None]) -> None:
+    def __init__(
+        self, module: Any, backend: Backend, prepare: Callable[[nn.Module], None], shapes: CacheShapes = ()
+    ) -> None:
+        self._shapes = shapes
         self._module, self._backend, self._prepare = module, backend, prepare
         self._sessions: OrderedDict[tuple[int, int, bool], DecodeSession] = OrderedDict()
         self._refusal = _refusal(module)
@@ -262,7 +267,9 @@ class Generator:
         if key not in self._sessions:
             while len(self._sessions) >= _MAX_SESSIONS:
                 self._sessions.popitem(last=False)
-            self._sessions[key] = DecodeSession(self._module, self._backend, batch, capacity, padded)
+            self._sessions[key] = DecodeSession(
+                self._module, self._backend, batch, capacity, padded, self._shapes
+            )
         self._sessions.move_to_end(key)
         return self._sessions[key]
 
@@ -354,21 +361,6 @@ def _unsupported(module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> st
         padded = mask.dim() != 2 or not bool(mask.all())
         return "padded prompts, and its forward takes no position_ids" if padded else None
     return None
-
-
-def _allocate(cache: Any, config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the cache its memory now; allocated by its first use, that use would be compiled apart."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    size = getattr(text, "head_dim", None)
-    if size is None and heads and getattr(text, "hidden_size", None):
-        size = text.hidden_size // text.num_attention_heads
-    if not isinstance(heads, int) or not isinstance(size, int):
-        raise NotCoveredError("its configuration does not tell the shape of its cache.")
-    needed = 2 * len(cache.layers) * batch * heads * size * cache.layers[0].max_cache_len * dtype.itemsize
-    if device.type == "cpu" and needed > physical_memory() // 4:
-        raise NotCoveredError(f"a cache for this length takes {needed / 1e9:.1f} GB at once", this_call=True)
-    cache.early_initialization(batch, heads, size, dtype, device)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import RecipeError, WeightError
-from fxcompress.forms import ActivationQuantizer, EdgeQuantizer, SiteForm, Transform, WeightTerm
+from fxcompress.forms import ActivationQuantizer, Component, EdgeQuantizer, SiteForm, Transform, WeightTerm
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +89,39 @@ class FuseSites:
 
 
 @dataclass(frozen=True, eq=False)
+class KeepUnits:
+    """Keep the units ``kept`` of a channel group and cut the others.
+
+    Until the end of the pass they are masked (zeroed); then the model is cut, which computes the same.
+    See :mod:`fxcompress.analysis.channel_group`.
+
+    Args:
+        group: The group's name, which begins with the name of a parameter.
+        kept: ``[n]`` int64, ascending, at least one.
+    """
+
+    group: str
+    kept: Tensor
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The parameter this edit is keyed by."""
+        return self.group.rpartition(":")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class RemoveBlock:
+    """Take a repeated block out of the model: what enters it leaves it.
+
+    ``name`` is any parameter that only this block uses. Until the end of the pass the block is stepped over.
+    """
+
+    name: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Refuse:
     """The pass looked at ``name`` and left it alone, because of ``reason``.
 
@@ -99,7 +132,10 @@ class Refuse:
     reason: str
 
 
-Edit: TypeAlias = SetTensor | SetWeight | SetActivation | SetTransform | SetEdge | FuseSites | Refuse
+StructuralEdit: TypeAlias = KeepUnits | RemoveBlock
+Edit: TypeAlias = (
+    SetTensor | SetWeight | SetActivation | SetTransform | SetEdge | FuseSites | StructuralEdit | Refuse
+)
 
 
 @dataclass(frozen=True)
@@ -118,6 +154,12 @@ class CompressionState:
 
     Args:
         weights: Original tensors by canonical qualified name (read only; may be lazy).
+        tensors: Edited dense values.
+        forms: How the sites of a parameter compute.
+        fused: Sites computed as one product.
+        provenance: Who did what to a parameter.
+        kept: Units kept of every channel group that the next cut makes smaller, by the group's name.
+        removed: A parameter of every block that the next cut removes.
     """
 
     weights: Mapping[str, Tensor]
@@ -125,6 +167,8 @@ class CompressionState:
     forms: dict[str, SiteForm] = field(default_factory=dict)
     fused: list[tuple[str, ...]] = field(default_factory=list)
     provenance: dict[str, list[Provenance]] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
     def weight(self, name: str) -> Tensor:
         """The current *dense* tensor of ``name``: edited value or original.
@@ -189,6 +233,10 @@ class CompressionState:
             self.forms[edit.name] = dataclasses.replace(old, edges=(*old.edges, edit.edge))
         elif isinstance(edit, FuseSites):
             self.fused.append(edit.names)
+        elif isinstance(edit, KeepUnits):
+            self.kept[edit.group] = edit.kept
+        elif isinstance(edit, RemoveBlock):
+            self.removed = (*self.removed, edit.name)
         entry = Provenance(pass_name, type(edit).__name__, edit.reason, error)
         for name in edit.names if isinstance(edit, FuseSites) else (edit.name,):
             self.provenance.setdefault(name, []).append(entry)
@@ -201,6 +249,8 @@ class CompressionState:
             dict(self.forms),
             list(self.fused),
             {name: list(entries) for name, entries in self.provenance.items()},
+            dict(self.kept),
+            self.removed,
         )
 
 
@@ -231,3 +281,22 @@ def _check(state: CompressionState, edit: Edit) -> None:
                 raise WeightError(
                     f"{edit.name}: term has shape {term.parameter_shape}, expected {tuple(shape)}."
                 )
+
+
+def floats_of(edit: Edit) -> Iterator[tuple[str, Tensor]]:
+    """Floating tensors inside the components of an edit."""
+    parts: list[Component] = []
+    if isinstance(edit, SetWeight):
+        parts = list(edit.terms)
+    elif isinstance(edit, SetActivation):
+        parts = [edit.activation]
+    elif isinstance(edit, SetEdge):
+        parts = [edit.edge]
+    elif isinstance(edit, SetTransform):
+        parts = [*edit.transform_in, *edit.transform_out]
+        if edit.bias is not None:
+            yield "bias", edit.bias
+    for part in parts:
+        for key, tensor in part.tensors().items():
+            if tensor.is_floating_point():  # there is no isfinite for 8-bit floating point
+                yield key, tensor.float() if tensor.element_size() == 1 else tensor

@@ -17,6 +17,9 @@ Messages follow one shape: *where* (parameter, pass, file), *what was found and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FxCompressError(Exception):
     """Base of all errors raised on purpose by fxcompress.
@@ -69,3 +72,14 @@ class BindingError(FxCompressError):
 
 class BackendError(FxCompressError):
     """A backend cannot do what was explicitly asked of it."""
+
+
+@contextmanager
+def told_where(where: str) -> Iterator[None]:
+    """Put ``where`` before the message of an error raised inside, unless it is there already."""
+    try:
+        yield
+    except FxCompressError as error:
+        if where in str(error):
+            raise
+        raise type(error)(f"{where}: {error}") from error

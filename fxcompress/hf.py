@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,11 +124,10 @@ def empty_model(artifact: Artifact) -> PreTrainedModel:
     """Build the model class of an artifact without memory for its weights.
 
     Parameters are single NaNs expanded to the recorded shapes and dtypes, tied as the class ties them;
-    buffers have the artifact's values, or are computed.
+    buffers are computed. It has the structure that the stored configuration gives.
 
     Raises:
         ArtifactError: the class is unknown to the installed transformers, or it is no model of that library.
-        BindingError: the class now has other parameters than when the artifact was made.
     """
     identity = artifact.identity
     if identity.kind != "transformers" or identity.config is None:
@@ -144,19 +143,30 @@ def empty_model(artifact: Artifact) -> PreTrainedModel:
             fix="install the version it was made with.",
         )
     try:
-        with _parameters_on_meta():
-            model: Any = cls(_config(cls, identity.config))
+        model: Any = build_model(cls, identity.config)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"{identity.class_name}: cannot be built from the stored configuration ({_first_line(error)})."
         ) from error
-    model.tie_weights()
     if identity.generation_config is not None and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_dict(identity.generation_config)
-    _fill(model, artifact)
-    artifact.check_module(model)
+    fill_empty(model, artifact.layout)
     built: PreTrainedModel = model.eval()
     return built
+
+
+def build_model(cls: Any, content: dict[str, Any], device: torch.device | None = None) -> Any:
+    """A model of a class from the content of ``config.json``, its parameters on the meta device and tied.
+
+    Args:
+        cls: A model class of transformers.
+        content: The configuration.
+        device: Where buffers go. Default: real memory, with the values that the class computes.
+    """
+    with _parameters_on_meta() if device is None else device:
+        model = cls(_config(cls, content))
+    model.tie_weights()
+    return model
 
 
 def _config(cls: Any, content: dict[str, Any]) -> Any:
@@ -167,21 +177,18 @@ def _config(cls: Any, content: dict[str, Any]) -> Any:
         return cls.config_class.from_json_file(path)
 
 
-def _fill(model: nn.Module, artifact: Artifact) -> None:
-    """Turn meta parameters into real ones without memory; give buffers their recorded values and dtypes."""
+def fill_empty(model: nn.Module, layout: Mapping[str, torch.dtype]) -> None:
+    """Turn meta parameters into single NaNs, expanded, in the dtypes of ``layout`` (by any name)."""
     real: dict[int, nn.Parameter] = {}
     for prefix, owner in model.named_modules():
         for key, parameter in owner._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in real:
-                name = f"{prefix}.{key}".lstrip(".")
-                info = artifact.parameters.get(artifact.aliases.get(name, name))
-                dtype = parameter.dtype if info is None else info.dtype
+                dtype = layout.get(f"{prefix}.{key}".lstrip("."), parameter.dtype)
                 value = torch.full((), math.nan if dtype.is_floating_point else 0, dtype=dtype)
                 real[id(parameter)] = nn.Parameter(value.expand(parameter.shape), requires_grad=False)
             owner._parameters[key] = real[id(parameter)]
-    artifact.restore_buffers(model)
 
 
 @contextmanager

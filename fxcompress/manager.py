@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
+from fxcompress.accounting import account_for, account_for_structure
+from fxcompress.analysis.channel_group import ChannelGroup
 from fxcompress.analysis.site_types import SiteKind
 from fxcompress.calibration.context import Context, Feed
 from fxcompress.calibration.inputs import CalibrationData, as_calibration
@@ -22,18 +24,22 @@ from fxcompress.edits import (
     CompressionState,
     Edit,
     FuseSites,
+    KeepUnits,
     Refuse,
+    RemoveBlock,
     SetActivation,
     SetEdge,
     SetTransform,
     SetWeight,
+    floats_of,
 )
-from fxcompress.errors import CalibrationError, CoverageError, FxCompressError, RecipeError, WeightError
-from fxcompress.forms import Component
-from fxcompress.pass_base import Pass
+from fxcompress.errors import CalibrationError, CoverageError, RecipeError, WeightError, told_where
+from fxcompress.pass_base import Pass, StructuralPass
 from fxcompress.progress import ProgressEvent, ProgressOption, Reporter
 from fxcompress.recipe import Recipe
-from fxcompress.report import Report, account_for
+from fxcompress.report import Report
+from fxcompress.structure.commit import Committed, check_structural, mask
+from fxcompress.structure.rounds import Round
 from fxcompress.verify import SiteAudit, check_weights, measure_end_to_end, prove_unchanged
 
 __all__ = ["RunResult", "Verify", "run_recipe"]
@@ -50,12 +56,16 @@ class RunResult:
     """What a run gives.
 
     Args:
-        state: The sum of all edits.
+        state: The sum of all edits, over the weights of ``program``.
         report: The account of the run.
+        program: The program, cut if the recipe cut it.
+        rounds: What was cut, in order: changes, and the sizes of the groups they concern.
     """
 
     state: CompressionState
     report: Report
+    program: Program
+    rounds: tuple[Committed, ...] = ()
 
 
 def run_recipe(
@@ -116,7 +126,8 @@ class _Run:
         verify: Verify,
     ) -> None:
         self.program, self.recipe, self.seed, self.verify = program, recipe, seed, verify
-        self.plan = Plan(program)
+        self.plan = self.first_plan = Plan(program)
+        self.structural: list[Round] = []
         self.data = None if data is None else as_calibration(data, program)
         shown = self.data if self.data is not None else examples
         self.shown = None if shown is None else as_calibration(shown, program)
@@ -124,6 +135,7 @@ class _Run:
         self.errors: dict[str, float] = {}
         self.changes = 0
         self.compresses = any(_COMPRESSES in item.provides for item in recipe)
+        self.groups: Mapping[str, ChannelGroup] = {}
         self.report = Report(recipe.to_dict(), ())
         self.store: CheckpointStore | None = None
         self.key = ""
@@ -152,7 +164,11 @@ class _Run:
         """Run all passes and checks."""
         for position, item in enumerate(self.recipe):
             started = time.perf_counter()
-            self._run_pass(position, item, reporter)
+            if isinstance(item, StructuralPass):
+                for number in range(item.rounds):
+                    self._run_round(position, item, number, reporter)
+            else:
+                self._run_pass(position, item, reporter)
             self.report.seconds[f"{position + 1} {item.name}"] = time.perf_counter() - started
         if not self.changes:
             names = ", ".join(repr(item.name) for item in self.recipe)
@@ -160,14 +176,24 @@ class _Run:
                 f"the recipe changed nothing: {names} made no edit. {self._refusals()}",
                 fix="check include/exclude and the sizes the passes ask for.",
             )
+        rounds = tuple(done.committed for done in self.structural if done.committed is not None)
+        changes = [committed.change for committed in rounds]
         self.report.rows = account_for(
-            self.program, self.state, self.plan.sites, self.errors, compresses=self.compresses
+            self.plan.program,
+            self.state,
+            self.plan.sites,
+            self.errors,
+            compresses=self.compresses,
+            original=self.program,
+            changes=changes,
         )
+        if changes:
+            self.report.structure = account_for_structure(self.first_plan, self.plan, changes)
         self._measure_end(reporter)
         if self.data is not None:
             counts = {"batches": len(self.data), "tokens": self.data.tokens}
             self.report.calibration = {"source": self.data.source, **counts}
-        return RunResult(self.state, self.report)
+        return RunResult(self.state, self.report, self.plan.program, rounds)
 
     def _refusals(self) -> str:
         reasons = [
@@ -175,10 +201,33 @@ class _Run:
         ]
         return f"First reason: {reasons[0]}" if reasons else ""
 
-    def _run_pass(self, position: int, item: Pass, reporter: Reporter) -> None:
+    def _run_round(self, position: int, item: StructuralPass, number: int, reporter: Reporter) -> None:
+        """Decide, mask block by block, cut."""
+        first = self.structural[-number].cost if number else None
+        current = Round(self.plan, self.state, item, number, first)
+        feed = Feed(
+            None if self.data is None else partial(Walk, self.plan, self.data.flat()),
+            [self.state.copy()] * len(self.plan.blocks),
+        )
+        choose = partial(current.choose, feed, self._seed(position, item, f"round {number}"))
+        decided, _ = self._stored(item, -1 - number, lambda: [canonical(e, item.name) for e in choose()])
+        for refusal in current.decide(decided):
+            self._apply(refusal, item)
+        self._run_pass(position, item, reporter, current)
+        sample = None if self.shown is None else self.shown.sample(_PROOF_BATCHES)
+        if self.verify != "off" and sample is None:
+            self._unproven(item)
+        committed = current.commit(self.state, None if self.verify == "off" else sample)
+        self.structural.append(current)
+        if committed is not None:
+            self.plan, self.state = current.new_plan, committed.state
+            self.report.checks += current.checks
+
+    def _run_pass(self, position: int, item: Pass, reporter: Reporter, current: Round | None = None) -> None:
         before = self.state.copy()
         data = self.data
         feed = Feed(None if data is None else lambda: Walk(self.plan, data.flat()))
+        self.groups = {} if current is None else current.groups
         lossy = self.verify == "each" and not item.preserves_function and self.shown is not None
         audit = (
             SiteAudit(self.plan, self.shown.sample(_PROOF_BATCHES))
@@ -190,7 +239,7 @@ class _Run:
         reporter.start(stage, len(self.plan.blocks))
         for index, block in enumerate(self.plan.blocks):
             start = self.state.copy() if audit is not None else self.state
-            made, resumed = self._step(position, item, index, feed)
+            made, resumed = self._step(position, item, index, feed, current)
             edits += made
             if audit is not None:
                 for name, error in audit.block(start, self.state, made).items():
@@ -201,45 +250,67 @@ class _Run:
         if item.preserves_function and edits:
             self._prove(item, before, edits)
 
-    def _step(self, position: int, item: Pass, index: int, feed: Feed) -> tuple[list[Edit], bool]:
+    def _step(
+        self, position: int, item: Pass, index: int, feed: Feed, current: Round | None
+    ) -> tuple[list[Edit], bool]:
         """Solve one block, or read what an earlier run solved."""
-        if self.store is not None:
-            self.key = step_key(self.key, item, index)
-            stored = self.store.load(self.key)
-            if stored is not None:
-                for edit in stored:
-                    self._apply(edit, item)
-                return stored, True
-        made = list(self._solve(position, item, index, feed))
-        if self.store is not None:
-            self.store.save(self.key, made)
+        made, resumed = self._stored(
+            item, index, lambda: list(self._solve(position, item, index, feed, current))
+        )
+        for edit in made if resumed else ():
+            self._apply(edit, item)
+        return made, resumed
+
+    def _stored(self, item: Pass, index: int, make: Callable[[], list[Edit]]) -> tuple[list[Edit], bool]:
+        """The edits of a step, and whether an earlier run made them."""
+        if self.store is None:
+            return make(), False
+        self.key = step_key(self.key, item, index)
+        stored = self.store.load(self.key)
+        if stored is not None:
+            return stored, True
+        made = make()
+        self.store.save(self.key, made)
         return made, False
 
-    def _solve(self, position: int, item: Pass, index: int, feed: Feed) -> Iterator[Edit]:
-        digest = hashlib.sha256(f"{self.seed}|{position}|{item.name}|{index}".encode()).digest()
-        seed = int.from_bytes(digest[:7], "little")
-        context = Context(self.plan, index, self.state, feed, item.name, seed)
+    def _seed(self, position: int, item: Pass, step: object) -> int:
+        digest = hashlib.sha256(f"{self.seed}|{position}|{item.name}|{step}".encode()).digest()
+        return int.from_bytes(digest[:7], "little")
+
+    def _solve(
+        self, position: int, item: Pass, index: int, feed: Feed, current: Round | None
+    ) -> Iterator[Edit]:
+        seed = self._seed(position, item, index)
+        decisions = () if current is None else current.decisions.get(index, ())
+        context = Context(
+            self.plan, index, self.state, feed, item.name, seed, groups=self.groups, decisions=decisions
+        )
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            try:
+            with told_where(f"pass {item.name!r}, {context.name}"):
                 for yielded in item.solve(context):
                     edit = canonical(yielded, item.name)
                     self._apply(edit, item)
-                    context.edited(_names(edit))
+                    context.edited(self._touched(edit))
                     yield edit
-            except FxCompressError as error:
-                where = f"pass {item.name!r}, {context.name}"
-                if where in str(error):
-                    raise
-                raise type(error)(f"{where}: {error}") from error
 
     def _apply(self, edit: Edit, item: Pass) -> None:
         self._check_edit(edit)
         self.state.apply(edit, item.name)
+        if isinstance(edit, KeepUnits):
+            mask(self.state, self.groups[edit.group], edit.kept)
+
+    def _touched(self, edit: Edit) -> tuple[str, ...]:
+        """Parameters whose values an edit changed."""
+        if isinstance(edit, KeepUnits):
+            return tuple(member.name for member in self.groups[edit.group].members)
+        return _names(edit)
 
     def _check_edit(self, edit: Edit) -> None:
         """What :meth:`CompressionState.apply` cannot know: sites, and numbers inside forms."""
-        if isinstance(edit, FuseSites):
+        if isinstance(edit, KeepUnits | RemoveBlock):
+            check_structural(edit, self.plan, self.state, self.groups)
+        elif isinstance(edit, FuseSites):
             sites = [[site for site in self.plan.uses(name) if site.input is not None] for name in edit.names]
             shared = set.intersection(*({site.input for site in uses} for uses in sites)) if sites else set()
             if len(edit.names) < 2 or not shared:
@@ -262,7 +333,7 @@ class _Run:
             raise RecipeError(
                 f"{edit.name}: SetWeight without terms.", fix="yield Refuse to leave a weight alone."
             )
-        for key, tensor in _floats(edit):
+        for key, tensor in floats_of(edit):
             if not bool(torch.isfinite(tensor).all()):
                 raise WeightError(f"{_names(edit)[0]}: NaN or inf in {key} of its new form.")
 
@@ -282,12 +353,15 @@ class _Run:
         if self.verify == "off":
             return
         if self.shown is None:
-            self.report.checks.append(
-                {"pass": item.name, "check": "not proven: no inputs were given", "passed": False}
-            )
+            self._unproven(item)
             return
         sample = self.shown.sample(_PROOF_BATCHES)
         self.report.checks.append(prove_unchanged(self.plan, before, self.state, edits, sample, item.name))
+
+    def _unproven(self, item: Pass) -> None:
+        self.report.checks.append(
+            {"pass": item.name, "check": "not proven: no inputs were given", "passed": False}
+        )
 
     def _measure_end(self, reporter: Reporter) -> None:
         if self.verify == "off":
@@ -299,7 +373,7 @@ class _Run:
             return
         started = time.perf_counter()
         reporter.start("end to end", 1)
-        found = measure_end_to_end(self.plan, self.state, self.shown.sample(_END_BATCHES))
+        found = measure_end_to_end(self.plan, self.state, self.shown.sample(_END_BATCHES), self.first_plan)
         self.report.relative_error, self.report.kl = found.relative_error, found.kl
         self.report.seconds["end to end"] = time.perf_counter() - started
         reporter.step(ProgressEvent("end to end", "", 1, 1))
@@ -307,22 +381,3 @@ class _Run:
 
 def _names(edit: Edit) -> tuple[str, ...]:
     return edit.names if isinstance(edit, FuseSites) else (edit.name,)
-
-
-def _floats(edit: Edit) -> Iterator[tuple[str, Tensor]]:
-    """Floating tensors inside the components of an edit."""
-    parts: list[Component] = []
-    if isinstance(edit, SetWeight):
-        parts = list(edit.terms)
-    elif isinstance(edit, SetActivation):
-        parts = [edit.activation]
-    elif isinstance(edit, SetEdge):
-        parts = [edit.edge]
-    elif isinstance(edit, SetTransform):
-        parts = [*edit.transform_in, *edit.transform_out]
-        if edit.bias is not None:
-            yield "bias", edit.bias
-    for part in parts:
-        for key, tensor in part.tensors().items():
-            if tensor.is_floating_point():  # there is no isfinite for 8-bit floating point
-                yield key, tensor.float() if tensor.element_size() == 1 else tensor

@@ -19,6 +19,7 @@ from fxcompress.decoding import Generator
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError, FxCompressError
 from fxcompress.ghost import contains_ghosts, ghost_copy, ghost_tag
+from fxcompress.pretrained import save_plain
 from fxcompress.registry import backend_class
 from fxcompress.report import Report
 from fxcompress.store import WeightStore
@@ -75,7 +76,9 @@ class CompressedModel:
             compile_in_place(module, self._compiler)
         guard_ghosts(self.model)
         if hasattr(self.model, "generate"):
-            self.generate = Generator(self.model, self._compiler, partial(prepare, self._compiler))
+            structure = self.artifact.structure
+            shapes = () if structure is None else structure.cache
+            self.generate = Generator(self.model, self._compiler, partial(prepare, self._compiler), shapes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -130,6 +133,21 @@ class CompressedModel:
             ArtifactError: the directory exists, or cannot be written.
         """
         save_artifact(self.artifact, path, tokenizer=self.tokenizer, overwrite=overwrite)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save as a plain checkpoint of transformers, which loads it without fxcompress.
+
+        For models whose weights are all dense (pruned, smoothed) and whose configuration can tell their
+        structure: every layer cut alike, or whole layers removed.
+
+        Raises:
+            ArtifactError: a weight is quantized, the layers have sizes of their own, or the directory exists.
+
+        Example:
+            >>> small.save_pretrained("pruned")  # doctest: +SKIP
+            >>> AutoModelForCausalLM.from_pretrained("pruned")  # doctest: +SKIP
+        """
+        save_plain(self.artifact, path, self.tokenizer)
 
 
 def prepare(compiler: Any, module: nn.Module) -> None:

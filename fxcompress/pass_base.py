@@ -10,11 +10,13 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from fxcompress.analysis.channel_group import ChannelGroup
 from fxcompress.analysis.edges import Edge
 from fxcompress.analysis.site_types import Site
 from fxcompress.capture.program import Program
-from fxcompress.edits import CompressionState, Edit
+from fxcompress.edits import CompressionState, Edit, Refuse, StructuralEdit
 from fxcompress.formats import IntFormat
+from fxcompress.structure.cost import Cost
 
 
 class Statistics(Protocol):
@@ -102,6 +104,37 @@ class BlockContext(Protocol):
         """Like :meth:`batches`, for several sites in one run, keyed by ``site.input.name``."""
         ...
 
+    @property
+    def groups(self) -> Mapping[str, ChannelGroup]:
+        """The whole program's channel groups by name; only structural passes can read them."""
+        ...
+
+    @property
+    def decisions(self) -> Sequence[StructuralEdit]:
+        """What a structural pass decided about this block (see :class:`StructuralPass`); not applied yet."""
+        ...
+
+
+class ModelContext(Protocol):
+    """What a structural pass sees of the whole model when it decides. All tensors are read only."""
+
+    program: Program
+    state: CompressionState
+    round: int  # 0-based, of the pass's rounds
+    groups: Mapping[str, ChannelGroup]  # every channel group by name; frozen ones included
+    blocks: Sequence[BlockContext]  # in graph order; their statistics are those of the uncut model
+    generator: torch.Generator  # seeded per (run seed, pass, round)
+    cost: Cost  # parameters and operations of the model as it is now
+    first_cost: Cost  # as it was before the first round of this pass
+
+    def weight(self, name: str) -> Tensor:
+        """Current dense tensor of a parameter (see CompressionState.weight)."""
+        ...
+
+    def cannot_remove(self, index: int) -> str:
+        """Why ``RemoveBlock`` is not possible for a block; empty when it is."""
+        ...
+
 
 @dataclass(frozen=True)
 class Pass(ABC):
@@ -149,3 +182,37 @@ class Pass(ABC):
         The manager applies each edit to ``block.state`` as soon as it is yielded, so statistics asked for
         afterwards see it. Must not mutate any tensor it was given.
         """
+
+
+@dataclass(frozen=True)
+class StructuralPass(Pass):
+    """A pass that cuts units of channel groups, or removes blocks.
+
+    A round has three steps. :meth:`choose` sees the whole model and decides. :meth:`solve` goes through the
+    blocks and carries out what was decided for each: its units are masked (zeroed) when it yields
+        ``KeepUnits``, so
+    what it measures before is uncut, what later blocks measure is what the cut model gives them, and
+    it may yield ``SetTensor`` to make up for the loss. Then the manager cuts the masked units out, proves
+    that this changes nothing, and everything that follows sees the smaller model.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"cut-structure"})
+    conflicts: ClassVar[frozenset[str]] = frozenset(
+        {"quantized-weights", "quantized-activations", "fused-siblings", "reordered-channels"}
+    )
+
+    @property
+    def rounds(self) -> int:
+        """How many times the pass decides and cuts. Default 1."""
+        return 1
+
+    @abstractmethod
+    def choose(self, model: ModelContext) -> Iterator[StructuralEdit | Refuse]:
+        """Yield ``KeepUnits`` and ``RemoveBlock`` for what to cut, ``Refuse`` for groups left alone.
+
+        Nothing is applied before all is decided.
+        """
+
+    def solve(self, block: BlockContext) -> Iterator[Edit]:
+        """Carry out the decisions about one block; the default does nothing else."""
+        yield from block.decisions

@@ -11,13 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fxcompress.analysis.site_types import Site
-from fxcompress.capture.program import Program
-from fxcompress.edits import CompressionState
-from fxcompress.errors import ArtifactError, CoverageError
+from fxcompress.errors import ArtifactError
 from fxcompress.forms import SiteForm
 
-__all__ = ["Report", "WeightRow", "account_for", "describe_form"]
+__all__ = ["Report", "WeightRow", "describe_form"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,8 @@ class WeightRow:
         passes: Passes that changed it, in order.
         error: Largest relative output error a pass caused at it, or None when not measured.
         reason: Why it was left as it is; empty for a compressed one.
+        cut: Its shape after the structure was changed; empty when it was not. A removed one has no elements
+            left.
     """
 
     name: str
@@ -45,6 +44,7 @@ class WeightRow:
     passes: tuple[str, ...] = ()
     error: float | None = None
     reason: str = ""
+    cut: tuple[int, ...] = ()
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Report:
         kl: Mean KL divergence per token in nats, or None.
         relative_error: End-to-end relative output error, or None.
         calibration: Source, batches and tokens of the data, empty without.
+        structure: Parameters and operations before and after cuts, and what was cut; empty without.
         seconds: Wall time per stage; not part of :meth:`to_dict` unless asked for.
 
     Example:
@@ -74,6 +75,7 @@ class Report:
     kl: float | None = None
     relative_error: float | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
+    structure: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -108,10 +110,12 @@ class Report:
             "relative_error": self.relative_error,
             "kl": self.kl,
             "calibration": self.calibration,
+            "structure": self.structure,
             "passes": self.passes,
             "checks": self.checks,
             "weights": [
-                dataclasses.asdict(row) | {"shape": list(row.shape), "passes": list(row.passes)}
+                dataclasses.asdict(row)
+                | {"shape": list(row.shape), "passes": list(row.passes), "cut": list(row.cut)}
                 for row in self.rows
             ],
         }
@@ -126,7 +130,7 @@ class Report:
         """
         try:
             rows = tuple(
-                WeightRow(**{**row, "shape": tuple(row["shape"]), "passes": tuple(row["passes"])})
+                WeightRow(**{**row, **{key: tuple(row.get(key, ())) for key in ("shape", "passes", "cut")}})
                 for row in data["weights"]
             )
             return cls(
@@ -137,6 +141,7 @@ class Report:
                 kl=data["kl"],
                 relative_error=data["relative_error"],
                 calibration=dict(data["calibration"]),
+                structure=dict(data.get("structure", {})),
                 seconds=dict(data.get("seconds", {})),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -235,85 +240,3 @@ def describe_form(form: SiteForm) -> str:
     parts += [f"{transform.describe()} in" for transform in form.transform_in]
     parts += [f"{transform.describe()} out" for transform in form.transform_out]
     return " + ".join(parts)
-
-
-def account_for(
-    program: Program,
-    state: CompressionState,
-    sites: Sequence[Site],
-    errors: Mapping[str, float],
-    *,
-    compresses: bool,
-) -> tuple[WeightRow, ...]:
-    """One row for every parameter of the model.
-
-    Args:
-        program: The program.
-        state: The finished state.
-        sites: All weight sites.
-        errors: Measured error by parameter.
-        compresses: Whether some pass of the recipe compresses weights, so that each weight needs a reason.
-
-    Raises:
-        CoverageError: weights that no pass changed and none gave a reason for.
-    """
-    used = {site.name for site in sites}
-    rows, unaccounted = [], []
-    for name, tensor in program.weights.items():
-        if name not in program.parameters:
-            continue
-        size = tensor.numel() * tensor.element_size()
-        form = state.form(name)
-        history = state.provenance.get(name, [])
-        changed = tuple(dict.fromkeys(entry.pass_name for entry in history if entry.action != "Refuse"))
-        refusals = [entry for entry in history if entry.action == "Refuse"]
-        reported = errors.get(name, max((e.error for e in history if e.error is not None), default=None))
-        after = form.nbytes + (0 if form.terms else size)
-        text = describe_form(form)
-        reason = ""
-        if not form.terms:
-            reason = _reason(
-                tensor.dim(), tensor.is_floating_point(), name in used, refusals, changed, compresses
-            )
-            if not reason:
-                unaccounted.append(name)
-        if not text:
-            text = "edited" if name in state.tensors else "kept"
-        rows.append(
-            WeightRow(
-                name=name,
-                shape=tuple(tensor.shape),
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                bytes_before=size,
-                bytes_after=after,
-                form=text,
-                passes=changed,
-                error=reported,
-                reason=reason,
-            )
-        )
-    if unaccounted:
-        raise CoverageError(
-            f"{len(unaccounted)} weights were neither compressed nor refused, the first is {unaccounted[0]}.",
-            fix="let a pass of the recipe yield Refuse(name, reason) for what it leaves.",
-        )
-    return tuple(rows)
-
-
-def _reason(
-    dims: int, floating: bool, used: bool, refusals: Sequence[Any], changed: Sequence[str], compresses: bool
-) -> str:
-    """Why a parameter has no weight terms; empty when nobody said."""
-    if refusals:
-        return "; ".join(dict.fromkeys(f"{entry.pass_name}: {entry.reason}" for entry in refusals))
-    if dims < 2:
-        return "vector"
-    if not floating:
-        return "not floating point"
-    if not used:
-        return "not used by the captured graph"
-    if not compresses:
-        return (
-            f"only changed by {', '.join(changed)}" if changed else "no pass of the recipe compresses weights"
-        )
-    return ""

@@ -210,18 +210,27 @@ class EndToEnd:
 
 
 @torch.no_grad()
-def measure_end_to_end(plan: Plan, state: CompressionState, data: CalibrationData) -> EndToEnd:
-    """Run original and compressed model side by side, one block at a time.
+def measure_end_to_end(
+    plan: Plan, state: CompressionState, data: CalibrationData, original: Plan | None = None
+) -> EndToEnd:
+    """Run original and compressed model, one block at a time.
+
+    Args:
+        plan: Of the compressed program.
+        state: Its edits.
+        data: A few batches.
+        original: Of the original program. Default: ``plan``.
 
     Raises:
         CalibrationError: the original model itself gives NaN or inf, or no floating-point output.
         VerificationError: the compressed model gives NaN or inf where the original does not.
     """
-    original = CompressionState(plan.program.weights)
-    walks = [Walk(plan, data.flat()) for _ in range(2)]
-    for _ in plan.blocks:
-        for walk, used in zip(walks, (original, state), strict=True):
-            walk.advance(used)
+    original = original or plan
+    walks = []
+    for one, used in ((original, CompressionState(original.program.weights)), (plan, state)):
+        walks.append(Walk(one, data.flat()))
+        for _ in one.blocks:
+            walks[-1].advance(used)
     vocabulary = {found.rows for found in CallSignature(plan.program).vocabularies.values()}
     gap = size = divergence = 0.0
     scored = 0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import fxcompress
 from fxcompress import CompressedModel
-from fxcompress.decoding import DecodeSession, NotCoveredError
+from fxcompress.decoding import DecodeSession
+from fxcompress.decoding_cache import NotCoveredError
 from fxcompress.errors import FxCompressError
 from tests.zoo import entry
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+_LABEL = "fxcompress_block"
 _MIN_REPEATS = 2
 _MIN_NODES = 4
 _WEIGHT_CROSSING = 100  # more than the activations that ever cross between two layers
@@ -46,16 +47,25 @@ class Block:
     outputs: tuple[fx.Node, ...]
     structure: str
 
+    @property
+    def repeated(self) -> bool:
+        """Whether it is one of the repeated segments, rather than what lies before or behind them."""
+        return self.name.startswith("block ")
+
 
 def find_blocks(graph: fx.Graph) -> list[Block]:
     """Split a graph into consecutive blocks that together cover every node but placeholders and the output.
 
     Without repetition the whole graph is one block. Attribute reads (``get_attr``) belong to no block: they
-    are inputs of the blocks that use them.
+    are inputs of the blocks that use them. A graph whose nodes say which block they are of (its layers were
+    alike before they were cut, see :func:`label_blocks`) is split so.
     """
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
     if not nodes:
         return []
+    if all(_LABEL in node.meta for node in nodes):
+        runs = [list(run) for _, run in itertools.groupby(nodes, key=lambda node: node.meta[_LABEL])]
+        return [make_block(index, run[0].meta[_LABEL], run) for index, run in enumerate(runs)]
     start, period, repeats = _repetition(nodes)
     cuts = [0]
     if repeats >= _MIN_REPEATS:
@@ -76,6 +86,25 @@ def find_blocks(graph: fx.Graph) -> list[Block]:
             name = "epilogue"
         blocks.append(make_block(index, name, nodes[a:b]))
     return blocks
+
+
+def label_blocks(graph: fx.Graph, blocks: Sequence[Block]) -> None:
+    """Let the nodes of a graph say which block they are of, as the nodes of ``blocks`` of equal names are.
+
+    Args:
+        graph: A changed copy of the graph that the blocks are of; only its nodes' ``meta`` is changed.
+        blocks: Those of the original; some may be missing from ``graph``.
+    """
+    present = {node.name for node in graph.nodes}
+    remaining = [block for block in blocks if any(node.name in present for node in block.nodes)]
+    repeats = [block for block in remaining if block.repeated]
+    label = {}
+    for block in remaining:
+        name = f"block {repeats.index(block) + 1}/{len(repeats)}" if block.repeated else block.name
+        label.update({node.name: name for node in block.nodes})
+    for node in graph.nodes:
+        if node.name in label:
+            node.meta[_LABEL] = label[node.name]
 
 
 def make_block(index: int, name: str, nodes: Sequence[fx.Node]) -> Block:

@@ -15,6 +15,7 @@ from fxcompress.artifact.storage import dtype_name, tensor_sha256, to_json
 from fxcompress.edits import CompressionState
 from fxcompress.errors import ArtifactError, BindingError
 from fxcompress.forms import SiteForm
+from fxcompress.structure.record import StoredTensor, Structure
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A parameter or persistent buffer as the model had it before compression.
+    """A parameter or persistent buffer as the (cut) model had it before compression.
 
     Args:
         shape: Its shape.
@@ -77,6 +78,7 @@ class Artifact:
         identity: Whose weights these are.
         parameters: Every parameter and persistent buffer by canonical name, as the model had it.
         computed: Dtype of every non-persistent buffer, whose value the module computes itself.
+        structure: What was cut out of the original model; None when nothing was.
         directory: Where it was read from; None when it was made in this process.
     """
 
@@ -89,6 +91,7 @@ class Artifact:
     identity: Identity
     parameters: dict[str, TensorInfo]
     computed: dict[str, torch.dtype] = field(default_factory=dict)
+    structure: Structure | None = None
     directory: Path | None = field(default=None, compare=False)
 
     @property
@@ -103,17 +106,44 @@ class Artifact:
         """Whether weight terms stand for ``name``, so that it has no dense tensor."""
         return name in self.forms and bool(self.forms[name].terms)
 
+    @property
+    def layout(self) -> dict[str, torch.dtype]:
+        """Dtype of every parameter of the model that the stored configuration builds, by any of its names."""
+        if self.structure is not None and not self.structure.from_config:
+            return {name: stored.dtype for name, stored in self.structure.original.items()}
+        own = {name: info.dtype for name, info in self.parameters.items()}
+        return own | {alias: own[name] for alias, name in self.aliases.items()}
+
     def check_module(self, module: nn.Module) -> None:
         """Check that ``module`` has exactly the parameters and buffers this artifact was made from.
 
         Raises:
             BindingError: names, shapes or dtypes differ; the message gives the first differences.
         """
-        own = {self.aliases.get(name, name): value for name, value, _ in stored_tensors(module)}
-        wrong = [f"{name}: missing from the module" for name in self.parameters if name not in own]
-        wrong += [f"{name}: unknown to the artifact" for name in own if name not in self.parameters]
+        expected = {name: StoredTensor(i.shape, i.dtype, i.role) for name, i in self.parameters.items()}
+        self._compare(module, expected, self.aliases)
+
+    def check_original(self, module: nn.Module) -> None:
+        """Check that ``module`` is built like the model that was compressed, before any cut.
+
+        Raises:
+            BindingError: names, shapes or dtypes differ; the message gives the first differences.
+        """
+        if self.structure is None:
+            self.check_module(module)
+            return
+        first: dict[int, str] = {}
+        ties = {name: first.setdefault(id(value), name) for name, value, _ in stored_tensors(module)}
+        self._compare(module, self.structure.original, ties)
+
+    def _compare(
+        self, module: nn.Module, expected: Mapping[str, StoredTensor], aliases: Mapping[str, str]
+    ) -> None:
+        own = {aliases.get(name, name): value for name, value, _ in stored_tensors(module)}
+        wrong = [f"{name}: missing from the module" for name in expected if name not in own]
+        wrong += [f"{name}: unknown to the artifact" for name in own if name not in expected]
         for name, value in own.items():
-            info = self.parameters.get(name)
+            info = expected.get(name)
             if info and (tuple(value.shape), value.dtype) != (info.shape, info.dtype):
                 wrong.append(
                     f"{name}: {tuple(value.shape)} {value.dtype} found, {info.shape} {info.dtype} expected"
@@ -173,6 +203,7 @@ def build_artifact(
     module: nn.Module,
     identity: Identity,
     aliases: Mapping[str, str],
+    structure: Structure | None = None,
 ) -> Artifact:
     """Put together an artifact from the result of a run.
 
@@ -186,6 +217,7 @@ def build_artifact(
         module: The original module: names its parameters and buffers, and tells which buffers are persistent.
         identity: Whose weights these are.
         aliases: Further name of a tied weight → canonical name, as in ``Program.aliases``.
+        structure: What was cut out of the original, if ``module`` is a cut one.
 
     Raises:
         ArtifactError: an edit concerns a tensor that the module does not own, or a dtype cannot be saved.
@@ -225,4 +257,5 @@ def build_artifact(
         identity=identity,
         parameters=parameters,
         computed={name: value.dtype for name, value in computed_buffers(module)},
+        structure=structure,
     )

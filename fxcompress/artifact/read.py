@@ -17,6 +17,7 @@ from fxcompress.artifact.checks import build_form, check_form
 from fxcompress.artifact.content import Artifact, Identity, TensorInfo
 from fxcompress.artifact.schema import FORMAT, FORMAT_VERSION, MANIFEST, RECIPE, REPORT, Manifest
 from fxcompress.artifact.storage import STORED_DTYPES, LazyTensors, Renamed, file_sha256, read_header
+from fxcompress.artifact.structure import structure_from_entry
 from fxcompress.errors import ArtifactError
 from fxcompress.forms import SiteForm
 
@@ -76,6 +77,11 @@ def read_artifact(path: str | Path) -> Artifact:
         identity=Identity(identity.kind, identity.class_name, identity.config, identity.generation_config),
         parameters=parameters,
         computed={name: _dtype(name, text) for name, text in manifest.computed.items()},
+        structure=(
+            None
+            if manifest.structure is None
+            else structure_from_entry(manifest.structure, {n: info.shape for n, info in parameters.items()})
+        ),
         directory=directory.resolve(),
     )
     if artifact.fingerprint != manifest.fingerprint:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 FORMAT = "fxcompress-artifact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Newest version. 1 has no ``structure``; models whose structure is unchanged are still written as 1."""
 MANIFEST, REPORT, RECIPE, CONFIG = "manifest.json", "report.json", "recipe.yaml", "config.json"
 _PART = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*")
 
@@ -68,11 +69,65 @@ class IdentityEntry(_Strict):
     generation_config: dict[str, Any] | None = None
 
 
+class EntryEntry(_Strict):
+    """A list entry that was removed."""
+
+    container: str
+    index: Size
+
+
+class ChangeEntry(_Strict):
+    """One cut: units kept per channel group, list entries removed."""
+
+    kept: dict[str, list[Size]]
+    removed: list[EntryEntry]
+
+
+class OriginalEntry(_Strict):
+    """A parameter or persistent buffer before any cut."""
+
+    role: Literal["parameter", "buffer"]
+    dtype: str
+    shape: list[Size]
+
+
+class AttributeEntry(_Strict):
+    """A size that Python keeps beside the tensors, before and after."""
+
+    owner: str
+    name: str
+    old: int | list[Any]
+    new: int | list[Any]
+
+
+class CallEntry(_Strict):
+    """An input of the captured call."""
+
+    name: str
+    dtype: str
+    shape: list[Size]
+    value: bool | int | float | str | None = None
+
+
+class StructureEntry(_Strict):
+    """How the structure differs from the original's; see :class:`fxcompress.structure.record.Structure`."""
+
+    changes: list[ChangeEntry]
+    original: dict[str, OriginalEntry]
+    config: list[AttributeEntry]
+    from_config: bool
+    attributes: list[AttributeEntry]
+    buffers: dict[str, dict[str, list[Size]]]
+    cache: list[list[Size]]
+    graph: str
+    call: list[CallEntry]
+
+
 class Manifest(_Strict):
     """The whole of ``manifest.json``."""
 
     format: Literal["fxcompress-artifact"]
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     made_by: dict[str, str]
     identity: IdentityEntry
     fingerprint: Digest
@@ -83,3 +138,4 @@ class Manifest(_Strict):
     fused: list[list[str]]
     tensors: dict[str, TensorEntry]
     files: dict[FileName, FileEntry]
+    structure: StructureEntry | None = None

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from fxcompress.artifact.content import Artifact, Identity, build_artifact
 from fxcompress.artifact.schema import CONFIG, FORMAT, FORMAT_VERSION, MANIFEST, RECIPE, REPORT
 from fxcompress.artifact.storage import dtype_name, file_sha256, to_json
+from fxcompress.artifact.structure import structure_to_entry
 from fxcompress.edits import CompressionState
 from fxcompress.errors import ArtifactError
+from fxcompress.structure.record import Structure
 
 SHARD_BYTES = 2 * 2**30
 """Largest weights file, unless one tensor alone is larger."""
@@ -33,6 +35,7 @@ def write_artifact(
     module: nn.Module,
     identity: Identity,
     aliases: Mapping[str, str],
+    structure: Structure | None = None,
     tokenizer: Any | None = None,
     overwrite: bool = False,
 ) -> Artifact:
@@ -43,7 +46,13 @@ def write_artifact(
         ...                identity=Identity.of_module(module), aliases={})  # doctest: +SKIP
     """
     artifact = build_artifact(
-        recipe=recipe, state=state, report=report, module=module, identity=identity, aliases=aliases
+        recipe=recipe,
+        state=state,
+        report=report,
+        module=module,
+        identity=identity,
+        aliases=aliases,
+        structure=structure,
     )
     save_artifact(artifact, path, tokenizer=tokenizer, overwrite=overwrite)
     return artifact
@@ -140,10 +149,10 @@ def _fill(directory: Path, artifact: Artifact, tokenizer: Any | None) -> None:
 def _manifest(artifact: Artifact, forms: dict[str, Any]) -> dict[str, Any]:
     from fxcompress import __version__
 
-    identity = artifact.identity
+    identity, structure = artifact.identity, artifact.structure
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if structure is None else FORMAT_VERSION,
         "made_by": {"fxcompress": __version__},
         "identity": {
             "kind": identity.kind,
@@ -167,6 +176,7 @@ def _manifest(artifact: Artifact, forms: dict[str, Any]) -> dict[str, Any]:
         "aliases": artifact.aliases,
         "computed": {name: dtype_name(dtype, name) for name, dtype in artifact.computed.items()},
         "fused": [list(names) for names in artifact.fused],
+        "structure": None if structure is None else structure_to_entry(structure),
     }
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from fxcompress.analysis.channel_group import ChannelGroup
 from fxcompress.analysis.edges import Edge
 from fxcompress.analysis.site_types import Site
 from fxcompress.calibration.function import ProgramBlock
 from fxcompress.calibration.statistics import ActivationStatistics, as_tokens
 from fxcompress.calibration.walk import BlockRunner, Plan, Walk
-from fxcompress.edits import CompressionState
+from fxcompress.edits import CompressionState, StructuralEdit
 from fxcompress.errors import CalibrationError
 from fxcompress.forms import Transform
 from fxcompress.ops import apply_transforms
@@ -31,12 +32,15 @@ class Feed:
 
     Args:
         make_walk: Starts a walk at the program's inputs; None when there are no data.
+        finished: States in which blocks were left before the pass began.
     """
 
-    def __init__(self, make_walk: Callable[[], Walk] | None) -> None:
+    def __init__(
+        self, make_walk: Callable[[], Walk] | None, finished: Sequence[CompressionState] = ()
+    ) -> None:
         self._make_walk = make_walk
         self._walk: Walk | None = None
-        self._finished: list[CompressionState | None] = []
+        self._finished: list[CompressionState | None] = list(finished)
 
     def finish_block(self, state: CompressionState) -> None:
         """Remember the state in which a block was left."""
@@ -73,10 +77,21 @@ class Context:
         feed: Where activations come from.
         pass_name: Who solves, for messages.
         seed: Seed of :attr:`generator`.
+        groups: The program's channel groups, for a structural pass.
+        decisions: What it decided about this block.
     """
 
     def __init__(
-        self, plan: Plan, index: int, state: CompressionState, feed: Feed, pass_name: str, seed: int
+        self,
+        plan: Plan,
+        index: int,
+        state: CompressionState,
+        feed: Feed,
+        pass_name: str,
+        seed: int,
+        *,
+        groups: Mapping[str, ChannelGroup] | None = None,
+        decisions: Sequence[StructuralEdit] = (),
     ) -> None:
         self.program = plan.program
         self.state = state
@@ -90,6 +105,8 @@ class Context:
         self._runner: BlockRunner | None = None
         self._known: dict[tuple[str, bool], ActivationStatistics] = {}
         self._known_for: dict[str, tuple[Transform, ...]] = {}
+        self.groups: Mapping[str, ChannelGroup] = groups or {}
+        self.decisions: Sequence[StructuralEdit] = decisions
 
     def weight(self, name: str) -> Tensor:
         """Current dense tensor of a parameter; read only."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 
 from torch import fx
 
 from fxcompress.analysis.blocks import Block, find_blocks
+from fxcompress.analysis.bypass import find_bypass, owned_weights
 from fxcompress.analysis.edges import Edge, find_edges
 from fxcompress.analysis.site_types import Site
 from fxcompress.analysis.sites import find_sites
@@ -68,6 +70,19 @@ class Plan:
         for edge in self.edges:
             found.setdefault(edge.node, []).append(edge)
         return found
+
+    def bypass(self, index: int, removed: Collection[str]) -> dict[fx.Node, fx.Node] | None:
+        """What takes the place of the values of block ``index``; None when it is not removed.
+
+        Args:
+            index: The block.
+            removed: A parameter of every removed block.
+        """
+        if not removed or set(removed).isdisjoint(owned_weights(self.program, self.blocks[index])):
+            return None
+        found = find_bypass(self.program, self.blocks, index)
+        assert not isinstance(found, str), found  # structural edits are checked when they are made
+        return found.values
 
     def uses(self, name: str) -> list[Site]:
         """All sites of one parameter."""

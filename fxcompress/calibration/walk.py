@@ -272,12 +272,16 @@ class Walk:
         return self._run(runner, index, wanted)
 
     def advance(self, state: CompressionState) -> None:
-        """Run the current block on all batches and step to the next one."""
+        """Run the current block on all batches (or step over it, if it is removed) and go to the next one."""
         runner = self.runner(state)
         keep = self.plan.keep[self.position]
         computed = [node for node in runner.block.nodes if node in keep]
+        bypass = self.plan.bypass(self.position, state.removed)
         for index, old in enumerate(self.values):
-            new = self._run(runner, index, computed)
+            if bypass is None:
+                new = self._run(runner, index, computed)
+            else:
+                new = {node: (self.inputs[index] | old)[bypass[node]] for node in computed}
             self.values[index] = {node: value for node, value in old.items() if node in keep} | new
         self.position += 1
 

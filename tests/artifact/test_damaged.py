@@ -89,9 +89,9 @@ def test_other_directory(tmp_path: Path) -> None:
 
 
 def test_newer_version_asks_for_an_upgrade(out: Path) -> None:
-    edit_manifest(out, lambda m: m.update(format_version=2, forms_of_the_future=[]))
+    edit_manifest(out, lambda m: m.update(format_version=3, forms_of_the_future=[]))
     with pytest.raises(
-        ArtifactError, match=r"format version 2, this fxcompress reads up to 1\. Fix: upgrade"
+        ArtifactError, match=r"format version 3, this fxcompress reads up to 2\. Fix: upgrade"
     ):
         read_artifact(out)
 
