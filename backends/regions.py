@@ -16,6 +16,8 @@ from fxcompress.analysis.blocks import Block, find_blocks
 from fxcompress.apply import AppliedGraph
 from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.lowering import (
+    DEQUANTIZE,
+    EMBEDDINGS,
     LoweringInterpreter,
     PackedInput,
     Plan,
@@ -28,7 +30,6 @@ from fxcompress.compat import fake_mode_of, trace_pre_dispatch
 from fxcompress.store import WeightStore
 
 logger = logging.getLogger("fxcompress.backends")
-_KNOWN = (torch.ops.fxcompress.dequantize_weight.default, torch.ops.fxcompress.quantized_embedding.default)
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Any]]
 
 
@@ -113,7 +114,11 @@ class RegionCompiler:
                 self.choices[self.applied.dequantized[weight]] = text
         for node in block.nodes:
             name = self.applied.dequantized.get(node)
-            if name is not None and node.target not in _KNOWN and name not in self.choices:
+            if (
+                name is not None
+                and node.target not in (*DEQUANTIZE, *EMBEDDINGS)
+                and name not in self.choices
+            ):
                 self.choices[name] = f"no kernel for {node.target}: dequantized at run time"
                 logger.info("%s: %s", name, self.choices[name])
 

@@ -52,7 +52,7 @@ class AppliedGraph:
         module: The graph; placeholders are those of the program (unused weights removed) plus form tensors.
         program: The program it was made from (names and inputs).
         form_inputs: Placeholder name → the form tensor it takes.
-        dequantized: ``dequantize_weight``/``quantized_embedding`` node → parameter name.
+        dequantized: ``dequantize_weight``/``quantized_embedding`` (or alike) node → parameter name.
     """
 
     module: fx.GraphModule
@@ -109,11 +109,7 @@ class _Rewriter:
         if site.takes_activation and not split:
             self._input(site, node, form)
         if form.terms and not split:
-            if (
-                site.kind is SiteKind.EMBEDDING
-                and isinstance(form.terms[0], QuantizedWeight)
-                and len(form.terms) == 1
-            ):
+            if site.kind is SiteKind.EMBEDDING and len(form.terms) == 1:
                 self._embedding(site, node, form.terms[0])
             elif site.kind is SiteKind.LINEAR:
                 self._linear(site, node, form)
@@ -173,19 +169,12 @@ class _Rewriter:
             if unread and (is_weight or movable):
                 self.graph.erase_node(node)
 
-    def _embedding(self, site: Site, node: fx.Node, term: QuantizedWeight) -> None:
-        columns = term.layout.matrix_shape[2]
+    def _embedding(self, site: Site, node: fx.Node, term: WeightTerm) -> None:
         dtype = _value_dtype(site.weight_value)
-        if term.layout.perm != (0, 1):
-            return  # stored transposed: rows are not contiguous, the generic path serves
         emit = GraphEmit(self.inputs, site.name, "terms.0", term, node)
-        codes, scale = emit.tensor("codes"), emit.tensor("scale")
-        zero = emit.tensor("zero") if term.zero is not None else None
-        with self.graph.inserting_before(node):
-            new = self.graph.call_function(
-                ops.quantized_embedding.default,
-                (node.args[1], codes, scale, zero, term.bits, term.group_size, columns, dtype),
-            )
+        new: fx.Node | None = term.emit_rows(node.args[1], dtype, emit)
+        if new is None:
+            return  # the generic path serves: the whole table is dequantized
         self._replace(node, new)
         self.applied.dequantized[new] = site.name
 

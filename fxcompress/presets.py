@@ -41,6 +41,22 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "nf4": {
+        "summary": "4-bit codes of a normal distribution's quantiles in groups of 64; needs no data",
+        "passes": [
+            {"quantize-codebook": {"table": "nf4"}},
+            {"quantize-weights": {"only_remaining": True}},
+            "fuse-siblings",
+        ],
+    },
+    "w4a16-kmeans": {
+        "summary": "4-bit codes into a table per row, learned from weights and inputs; needs data",
+        "passes": [
+            {"quantize-codebook": {"table": "kmeans", "weighting": "second-moment"}},
+            {"quantize-weights": {"only_remaining": True}},
+            "fuse-siblings",
+        ],
+    },
     "w8a8": {
         "summary": "8-bit weights per channel and 8-bit activations per token; needs no data, fast prefill",
         "passes": [

@@ -43,6 +43,7 @@ BUILTIN_PASSES: dict[str, str] = {
     "reorder-channels": "fxcompress.passes.reorder_channels:ReorderChannels",
     "gptq": "fxcompress.passes.gptq:Gptq",
     "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
+    "quantize-codebook": "fxcompress.passes.quantize_codebook:QuantizeCodebook",
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",
     "split-outlier-features": "fxcompress.passes.split_outlier_features:SplitOutlierFeatures",
     "layer-distill": "fxcompress.passes.layer_distill:LayerDistill",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BindingError
 from fxcompress.form_inputs import TensorRef, form_tensor
-from fxcompress.forms import QuantizedWeight
+from fxcompress.forms import CodebookWeight, QuantizedWeight
+
+PackedTerm = QuantizedWeight | CodebookWeight
+"""Terms that backends have layouts of their own for."""
 
 
 class WeightLayouter(Protocol):
@@ -21,7 +24,7 @@ class WeightLayouter(Protocol):
         """Unique name; part of the key that packed tensors are kept under."""
         ...
 
-    def pack(self, terms: Sequence[QuantizedWeight]) -> dict[str, Tensor]:
+    def pack(self, terms: Sequence[Any]) -> dict[str, Tensor]:
         """Lay out the terms."""
         ...
 
@@ -42,16 +45,16 @@ class WeightStore:
         """Packed tensors of the parameters ``names``, rows concatenated; built once.
 
         Raises:
-            BindingError: a parameter has no single quantized weight.
+            BindingError: a parameter has no single weight of codes.
         """
         key = (layout.name, tuple(names))
         if key not in self._packed:
             terms = []
             for name in names:
                 form = self.state.forms.get(name)
-                found = [term for term in form.terms if isinstance(term, QuantizedWeight)] if form else []
+                found = [term for term in form.terms if isinstance(term, PackedTerm)] if form else []
                 if len(found) != 1:  # other terms are computed beside the packed one
-                    raise BindingError(f"{name}: no single quantized weight to pack.")
+                    raise BindingError(f"{name}: no single weight of codes to pack.")
                 terms.append(found[0])
             self._packed[key] = {tensor: value.contiguous() for tensor, value in layout.pack(terms).items()}
         return self._packed[key]

@@ -15,6 +15,7 @@ from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.insert_quant_dequant import InsertQuantDequant
 from fxcompress.passes.layer_distill import LayerDistill
 from fxcompress.passes.quantize_activations import QuantizeActivations
+from fxcompress.passes.quantize_codebook import QuantizeCodebook
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.reorder_channels import ReorderChannels
 from fxcompress.passes.smooth_activations import SmoothActivations
@@ -30,6 +31,7 @@ __all__ = [
     "InsertQuantDequant",
     "LayerDistill",
     "QuantizeActivations",
+    "QuantizeCodebook",
     "QuantizeWeights",
     "ReorderChannels",
     "SmoothActivations",

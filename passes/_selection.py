@@ -18,7 +18,7 @@ from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.sites import find_sites, sites_by_parameter
 from fxcompress.capture.program import Program
 from fxcompress.errors import FormatError, RecipeError
-from fxcompress.formats import FloatFormat, IntFormat
+from fxcompress.formats import CodebookFormat, FloatFormat, IntFormat
 from fxcompress.formats.floating import FLOAT_DTYPES
 from fxcompress.pass_base import BlockContext, Pass
 
@@ -204,7 +204,7 @@ def check_group_size(pass_name: str, program: Program, group_size: int) -> None:
         )
 
 
-def not_smaller(fmt: IntFormat | FloatFormat, site: Site, dtype: torch.dtype) -> str | None:
+def not_smaller(fmt: IntFormat | FloatFormat | CodebookFormat, site: Site, dtype: torch.dtype) -> str | None:
     """A reason not to quantize when codes and scales would take as much room as the weight, else None."""
     _, rows, columns = site.layout.matrix_shape
     bits = fmt.bits_per_weight(rows, columns)
@@ -214,9 +214,9 @@ def not_smaller(fmt: IntFormat | FloatFormat, site: Site, dtype: torch.dtype) ->
     return f"{describe(fmt)} would take {bits:.4g} bits per weight, {dtype} takes {have}"
 
 
-def describe(fmt: IntFormat | FloatFormat) -> str:
+def describe(fmt: IntFormat | FloatFormat | CodebookFormat) -> str:
     """E.g. ``"int4 asymmetric, group 64"``."""
-    if isinstance(fmt, FloatFormat):
+    if not isinstance(fmt, IntFormat):
         return fmt.describe()
     kind = "symmetric" if fmt.symmetric else "asymmetric"
     span = {0: "per row", -1: "per matrix"}.get(fmt.group_size, f"group {fmt.group_size}")

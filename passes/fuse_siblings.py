@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, FuseSites, Refuse
-from fxcompress.forms import ActivationQuantizer, QuantizedWeight, SiteForm
+from fxcompress.forms import ActivationQuantizer, CodebookWeight, QuantizedWeight, SiteForm, WeightTerm
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._selection import Candidate, SelectivePass, candidates
 
@@ -86,7 +87,7 @@ class FuseSiblings(SelectivePass):
             return unselected
         if len(candidate.uses) > 1:
             return "the weight is used at several places"
-        if len(form.terms) != 1 or not isinstance(form.terms[0], QuantizedWeight):
+        if len(form.terms) != 1 or not isinstance(form.terms[0], QuantizedWeight | CodebookWeight):
             return "its weight is not quantized"
         if form.terms[0].group_size == -1:
             return "one scale per matrix does not extend to a larger matrix"
@@ -97,16 +98,18 @@ class FuseSiblings(SelectivePass):
 
 def _same_product(left: SiteForm, right: SiteForm) -> bool:
     """Whether two quantized linear sites differ in their codes, scales, biases and number of rows only."""
-    a, b = left.terms[0], right.terms[0]
     return (
-        isinstance(a, QuantizedWeight)
-        and isinstance(b, QuantizedWeight)
-        and a.format == b.format
-        and a.scale.dtype == b.scale.dtype
+        _same_format(left.terms[0], right.terms[0])
         and _same_quantizer(left.activation, right.activation)
         and len(left.transform_in) == len(right.transform_in)
         and all(x.same_as(y) for x, y in zip(left.transform_in, right.transform_in, strict=True))
     )
+
+
+def _same_format(a: WeightTerm, b: WeightTerm) -> bool:
+    if isinstance(a, CodebookWeight) and isinstance(b, CodebookWeight):
+        return a.format == b.format and (a.per_row or torch.equal(a.table, b.table))
+    return isinstance(a, QuantizedWeight) and isinstance(b, QuantizedWeight) and a.format == b.format
 
 
 def _same_quantizer(left: ActivationQuantizer | None, right: ActivationQuantizer | None) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Set as AbstractSet
 
 import torch
 
+from fxcompress.backends.cpu.codebook import codebook_form, rows_form
 from fxcompress.backends.cpu.embeddings import GeneratedEmbedding
 from fxcompress.backends.cpu.generated import GeneratedBfloat16, GeneratedDense, linear_form
 from fxcompress.backends.cpu.generator import DTYPES, AnyForm, AttentionForm
@@ -13,7 +14,8 @@ from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.native import prefetch
 from fxcompress.backends.cpu.selection import candidates, this_machine
 from fxcompress.edits import CompressionState
-from fxcompress.forms import DynamicPerToken, QuantizedWeight, SiteForm, StaticPerTensor
+from fxcompress.forms import CodebookWeight, DynamicPerToken, SiteForm, StaticPerTensor
+from fxcompress.store import PackedTerm
 
 
 def forecast(
@@ -37,6 +39,13 @@ def forecast(
         spec = _spec(form, dtype)
         if spec is None:
             continue
+        if spec.table is not None:
+            if name in tables:
+                wide.setdefault(rows_form(spec, dtype))
+            if this_machine().bfloat16 and spec.activation is None:
+                wide.setdefault(rows_form(spec, torch.bfloat16))
+            narrow.setdefault(codebook_form(spec))
+            continue
         if name in tables:
             wide.setdefault(GeneratedEmbedding.form(spec))
         if spec.activation is not None:
@@ -58,13 +67,17 @@ def compile_ahead(
 
 
 def _spec(form: SiteForm, dtype: torch.dtype) -> LinearSpec | None:
-    terms = [term for term in form.terms if isinstance(term, QuantizedWeight)]
+    terms = [term for term in form.terms if isinstance(term, PackedTerm)]
     if len(terms) != 1 or len(terms[0].shape) != 2:
         return None
     (term,) = terms
     activation = {DynamicPerToken: "dynamic", StaticPerTensor: "static"}.get(type(form.activation))
     bits = getattr(form.activation, "bits", 8)
     rows, columns = term.shape
+    if isinstance(term, CodebookWeight):
+        table = "rows" if term.per_row else "shared"
+        shape = (term.bits, True, term.group_size, rows, columns)
+        return LinearSpec(*shape, activation, None, dtype, bits, table=table)
     return LinearSpec(
         *(term.bits, term.zero is None, term.group_size, rows, columns, activation, None, dtype, bits)
     )

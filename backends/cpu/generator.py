@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -27,7 +27,8 @@ MANY_ROWS = 16
 """Activation rows from which a machine with bfloat16 products uses them."""
 GROUP_SHIFT = 34  # bits of a kernel number
 OUTPUT_SHIFT = 12  # where the output's dtype lies in it
-_KINDS = ("linear", "embedding", "dense", "attention", "linear-bfloat16")
+_WEIGHT_KINDS = ("linear", "embedding", "dense", "linear-bfloat16")
+_KINDS = (*_WEIGHT_KINDS, "attention", "codebook-linear", "codebook-rows")
 _ACTIVATIONS = (None, "dynamic", "static")
 _SUM_LIMIT = 32767  # of a signed 16-bit sum
 _NO_FLUSH = 1 << 20
@@ -63,7 +64,7 @@ class KernelForm:
 
     def __post_init__(self) -> None:
         problems = [
-            (self.kind in _KINDS, f"kind={self.kind!r}"),
+            (self.kind in _WEIGHT_KINDS, f"kind={self.kind!r}"),
             (2 <= self.bits <= 8, f"bits={self.bits}"),
             (self.activation in _ACTIVATIONS, f"activation={self.activation!r}"),
             (
@@ -100,7 +101,7 @@ class KernelForm:
         """The kernel of this form on ``isa`` as one integer below 2**34, equal in every process."""
         activation = (_ACTIVATIONS.index(self.activation), self.activation_bits)
         weight = (self.bits, self.has_zero, self.grouped, *activation)
-        return _number(self.kind, weight, self.input, self.output, isa)
+        return form_number(self.kind, weight, self.input, self.output, isa)
 
     def render(self, isa: Isa) -> str:
         """See :func:`render`."""
@@ -142,23 +143,40 @@ class AttentionForm:
 
     def number(self, isa: Isa) -> int:
         """See :meth:`KernelForm.number`."""
-        return _number(self.kind, (0, 0, 0, 0, 0), self.input, self.output, isa)
+        return form_number(self.kind, (0, 0, 0, 0, 0), self.input, self.output, isa)
 
     def render(self, isa: Isa) -> str:
         """The kernel's C++ source."""
-        return render_template(
-            "attention.cpp.j2", form=self, isa=isa, nibble_table=False, bfloat16_panels=False
-        )
+        return render_template("attention.cpp.j2", form=self, isa=isa, nibble_table=False)
 
     def flags(self, isa: Isa) -> tuple[str, ...]:
         """Compiler flags for the source of this form on ``isa``."""
         return isa.flags
 
 
-AnyForm = KernelForm | AttentionForm
+class AnyForm(Protocol):
+    """What compiling and loading a kernel takes."""
+
+    @property
+    def title(self) -> str:
+        """A short name, unique per form; also the stem of file names."""
+        ...
+
+    def number(self, isa: Isa) -> int:
+        """See :meth:`KernelForm.number`."""
+        ...
+
+    def render(self, isa: Isa) -> str:
+        """The kernel's C++ source."""
+        ...
+
+    def flags(self, isa: Isa) -> tuple[str, ...]:
+        """Compiler flags for the source of this form on ``isa``."""
+        ...
 
 
-def _number(kind: str, weight: Sequence[int], input_dtype: str, output_dtype: str, isa: Isa) -> int:
+def form_number(kind: str, weight: Sequence[int], input_dtype: str, output_dtype: str, isa: Isa) -> int:
+    """One integer below 2**34 for a kernel, equal in every process; ``weight``: five small numbers."""
     dtypes = list(DTYPES.values())
     widths = (4, 4, 1, 1, 2, 4, 3, 3, 4, 8)  # bits of every field, highest first
     fields = (_KINDS.index(kind), *weight, dtypes.index(input_dtype), dtypes.index(output_dtype))

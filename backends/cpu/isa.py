@@ -36,6 +36,8 @@ class Isa:
         float_rows: The same as ``integer_rows`` for panels of the float kernel.
         panel_from: Activation rows from which the float kernel dequantizes panels instead of registers.
         panel_rows: Most activation rows that share one panel.
+        lookup_tiles: Activation rows × outputs per tile of the kernels that look values up, in falling order;
+            the outputs divide 8.
         activation_bytes: Bytes of quantized activations kept in the second-level cache: half of the smallest
             that processors with this set have.
         bfloat16_flags: Compiler flags that add products of bfloat16 pairs; empty where there are none to use.
@@ -59,6 +61,7 @@ class Isa:
     float_rows: tuple[int, ...] = (6, 4, 2, 1)
     panel_from: int = 6
     panel_rows: int = 192
+    lookup_tiles: tuple[tuple[int, int], ...] = ((4, 2), (2, 4), (1, 8))
     activation_bytes: int = 131072
     bfloat16_flags: tuple[str, ...] = ()
     bfloat16_rows: tuple[int, ...] = (8, 4, 2, 1)
@@ -109,10 +112,20 @@ AVX512_VNNI = Isa(
     integer_rows=(8, 4, 2, 1),
     panel_integer_rows=(8, 4, 2, 1),
     float_rows=(12, 6, 2, 1),
+    lookup_tiles=((4, 4), (2, 8), (1, 8)),
     activation_bytes=524288,
     bfloat16_flags=("-mavx512bf16",),
 )
-NEON = Isa("neon", 4, "neon", 4, "arm_neon.h", ("-march=armv8.2-a+dotprod",), frozenset({"asimd", "asimddp"}))
+NEON = Isa(
+    "neon",
+    4,
+    "neon",
+    4,
+    "arm_neon.h",
+    ("-march=armv8.2-a+dotprod",),
+    frozenset({"asimd", "asimddp"}),
+    lookup_tiles=((4, 4), (2, 8), (1, 8)),
+)
 
 ISAS: dict[str, Isa] = {isa.name: isa for isa in (AVX512_VNNI, AVX_VNNI, AVX2, NEON, PORTABLE)}
 """All of them, best first."""

@@ -22,6 +22,7 @@ class LinearSpec:
         columns: K.
         activation: ``"dynamic"``, ``"static"`` or None.
         activation_bits: Width of an activation code.
+        table: ``"shared"`` or ``"rows"`` for codes that index one table, or one per row; else None.
         tokens: Number of activation rows when known while compiling, else None (then taken to be many).
         dtype: Of the activations.
     """
@@ -35,6 +36,7 @@ class LinearSpec:
     tokens: int | None
     dtype: torch.dtype
     activation_bits: int = 8
+    table: str | None = None
 
     @property
     def many_rows(self) -> bool:

@@ -25,6 +25,9 @@ from fxcompress.backends.cpu.selection import choose_embedding, choose_kernel, t
 logger = logging.getLogger("fxcompress.backends")
 aten = torch.ops.aten
 ops = torch.ops.fxcompress
+DEQUANTIZE = (ops.dequantize_weight.default, ops.dequantize_codebook.default)
+EMBEDDINGS = (ops.quantized_embedding.default, ops.codebook_embedding.default)
+"""Operators whose packed weights kernels read."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def make_plan(
         nodes: The block's nodes.
         inputs: The block's inputs, in order.
         siblings: Groups of linears that share one product.
-        names: Parameter name by ``dequantize_weight`` node, for messages.
+        names: Parameter name by dequantizing node, for messages.
     """
     plan = Plan()
     position = {node: index for index, node in enumerate(inputs)}
@@ -118,21 +121,21 @@ def make_plan(
 
 
 def weight_of_linear(node: fx.Node) -> fx.Node | None:
-    """The ``dequantize_weight`` node a linear multiplies with (maybe through ``t``), or None."""
+    """The node that dequantizes the weight a linear multiplies with (maybe through ``t``), or None."""
     if node.target is not aten.linear.default or not isinstance(node.args[1], fx.Node):
         return None
     weight = node.args[1]
     if weight.target is aten.t.default and isinstance(weight.args[0], fx.Node):
         weight = weight.args[0]
-    return weight if weight.target is ops.dequantize_weight.default else None
+    return weight if weight.target in DEQUANTIZE else None
 
 
 class _Dequantize(NamedTuple):
-    """The arguments of a ``dequantize_weight`` node, in the order of the operator's schema."""
+    """The arguments of a dequantizing node, in the order of the operators' schemas."""
 
     codes: fx.Node
-    scale: fx.Node
-    zero: fx.Node | None
+    second: fx.Node  # scale, or table
+    third: fx.Node | None  # zero-point, or scale
     bits: int
     group_size: int
     shape: Sequence[int | torch.SymInt]
@@ -160,9 +163,11 @@ def _group_spec(group: Sequence[fx.Node]) -> LinearSpec | None:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         activation, activation_bits = _activation(x)
+        dequantize = weight_of_linear(node)
+        table = _table_kind(dequantize.target if dequantize is not None else None, weight.second)
         spec = LinearSpec(
             bits=weight.bits,
-            symmetric=weight.zero is None,
+            symmetric=table is not None or weight.third is None,
             group_size=weight.group_size,
             rows=rows,
             columns=int(weight.shape[weight.perm[1]]),
@@ -170,8 +175,16 @@ def _group_spec(group: Sequence[fx.Node]) -> LinearSpec | None:
             activation_bits=activation_bits,
             tokens=_tokens(node),
             dtype=weight.dtype,
+            table=table,
         )
     return spec
+
+
+def _table_kind(target: Any, second: fx.Node) -> str | None:
+    """``LinearSpec.table`` of an operator on codes, whose second tensor is the scale or the table."""
+    if target not in (ops.dequantize_codebook.default, ops.codebook_embedding.default):
+        return None
+    return "rows" if second.meta["val"].dtype == torch.bfloat16 else "shared"
 
 
 # Operator → how it quantizes, position of the width among its arguments.
@@ -217,11 +230,14 @@ def _tokens(node: fx.Node) -> int | None:
 
 def _plan_embeddings(plan: Plan, nodes: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> None:
     for node in nodes:
-        if node.target is not ops.quantized_embedding.default or node.args[1] not in position:
+        if node.target not in EMBEDDINGS or node.args[1] not in position:
             continue
-        _, codes, _, zero, bits, group_size, columns, dtype = cast("tuple[Any, ...]", node.args)
+        _, codes, second, third, bits, group_size, columns, dtype = cast("tuple[Any, ...]", node.args)
+        table = _table_kind(node.target, second)
         spec = LinearSpec(
-            bits, zero is None, group_size, _table_rows(codes), columns, None, _tokens(node), dtype
+            *(bits, table is not None or third is None, group_size, _table_rows(codes), columns, None),
+            *(_tokens(node), dtype),
+            table=table,
         )
         kernel = choose_embedding(spec)
         if kernel is not None:
@@ -252,7 +268,7 @@ class LoweringInterpreter(fx.Interpreter):
         if attended is not None:
             return attended
         if (
-            n.target in (ops.dequantize_weight.default, aten.t.default)
+            n.target in (*DEQUANTIZE, aten.t.default)
             and n.users
             and all(self._only_planned(user) for user in n.users)
         ):

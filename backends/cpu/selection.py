@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from fxcompress.backends.cpu.codebook import CodebookDense, CodebookEmbedding, CodebookLinear
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel, GeneratedEmbedding, RowsEmbedding
 from fxcompress.backends.cpu.generated import GeneratedBfloat16, GeneratedDense, GeneratedLinear
 from fxcompress.backends.cpu.isa import Isa, machine_isa, processor_flags
@@ -57,8 +58,11 @@ def _flags() -> frozenset[str]:
 
 
 @functools.cache
-def candidates(machine: Machine) -> tuple[Kernel, ...]:
-    """Linear kernels worth running on ``machine``, best first."""
+def candidates(machine: Machine, table: bool = False) -> tuple[Kernel, ...]:
+    """Linear kernels worth running on ``machine``, best first; ``table``: for codes that index one."""
+    if table:
+        looked_up = CodebookLinear(machine.isa)
+        return (CodebookDense(machine.isa), looked_up) if machine.bfloat16 else (looked_up,)
     generated: tuple[Kernel, ...] = (GeneratedLinear(machine.isa),)
     if machine.bfloat16:
         direct = bool(machine.isa.bfloat16_flags) and not machine.matrix_units
@@ -83,7 +87,7 @@ def choose_kernel(spec: LinearSpec, machine: Machine | None = None) -> tuple[Ker
         BackendError: ``FXCOMPRESS_CPU_ISA`` names a set this processor does not run.
     """
     refusals = []
-    for kernel in candidates(machine or this_machine()):
+    for kernel in candidates(machine or this_machine(), spec.table is not None):
         reason = kernel.refuses(spec)
         if reason is None:
             return kernel, kernel.describe(spec)
@@ -93,5 +97,8 @@ def choose_kernel(spec: LinearSpec, machine: Machine | None = None) -> tuple[Ker
 
 def choose_embedding(spec: LinearSpec, machine: Machine | None = None) -> EmbeddingKernel | None:
     """The first embedding kernel that serves a table, or None."""
-    kernels = (GeneratedEmbedding((machine or this_machine()).isa), RowsEmbedding())
+    isa = (machine or this_machine()).isa
+    kernels: tuple[EmbeddingKernel, ...] = (GeneratedEmbedding(isa), RowsEmbedding())
+    if spec.table is not None:
+        kernels = (CodebookEmbedding(isa),)
     return next((kernel for kernel in kernels if kernel.refuses(spec) is None), None)

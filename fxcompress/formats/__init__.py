@@ -1,5 +1,6 @@
 """Number formats: which values a code stands for, and how codes are packed."""
 
+from fxcompress.formats.codebook import CodebookFormat
 from fxcompress.formats.floating import FloatFormat, quantize_to_float_term
 from fxcompress.formats.integer import (
     IntFormat,
@@ -12,6 +13,7 @@ from fxcompress.formats.integer import (
 from fxcompress.formats.packing import pack_codes, packed_width, unpack_codes
 
 __all__ = [
+    "CodebookFormat",
     "FloatFormat",
     "IntFormat",
     "decode",

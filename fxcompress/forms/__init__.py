@@ -9,6 +9,7 @@ from fxcompress.forms.activation import (
     StaticPerCluster,
     StaticPerTensor,
 )
+from fxcompress.forms.codebook import CodebookWeight
 from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
@@ -18,6 +19,7 @@ from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
 
 __all__ = [
     "ActivationQuantizer",
+    "CodebookWeight",
     "Component",
     "DynamicPerGroup",
     "DynamicPerToken",

@@ -25,6 +25,10 @@ class WeightTerm(Component):
         """Describe the term's value, of the parameter's shape; see :mod:`fxcompress.forms.emit`."""
         raise FormatError(f"{type(self).__name__} does not implement emit()")
 
+    def emit_rows(self, indices: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """Describe a look-up of rows that reads only them; None (the default) when the term has none."""
+        return None
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The term as a tensor of the parameter's shape."""
         import fxcompress.ops  # noqa: F401  (registers the operators)
@@ -70,12 +74,12 @@ class QuantizedWeight(WeightTerm):
     def __post_init__(self) -> None:
         batch, rows, columns = self.layout.matrix_shape
         scales = self.format.scale_shape(batch, rows, columns)
-        _check("codes", self.codes, (batch, rows, packed_width(columns, self.bits)), torch.uint8)
-        _check("scale", self.scale, scales, self.format.scale_dtype)
+        check_tensor("codes", self.codes, (batch, rows, packed_width(columns, self.bits)), torch.uint8)
+        check_tensor("scale", self.scale, scales, self.format.scale_dtype)
         if self.symmetric != (self.zero is None):
             raise FormatError("QuantizedWeight: zero is given exactly when symmetric is false.")
         if self.zero is not None:
-            _check("zero", self.zero, scales, torch.uint8)
+            check_tensor("zero", self.zero, scales, torch.uint8)
 
     @property
     def layout(self) -> WeightLayout:
@@ -107,6 +111,18 @@ class QuantizedWeight(WeightTerm):
             self.row_dims,
             dtype,
         )
+
+    def emit_rows(self, indices: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """See :meth:`WeightTerm.emit_rows`; a table stored transposed has no rows to read."""
+        if self.perm != (0, 1):
+            return None
+        tensors = (
+            emit.tensor("codes"),
+            emit.tensor("scale"),
+            emit.tensor("zero") if self.zero is not None else None,
+        )
+        target = torch.ops.fxcompress.quantized_embedding.default
+        return emit.call(target, indices, *tensors, self.bits, self.group_size, self.shape[1], dtype)
 
     def describe(self) -> str:
         """E.g. ``"int4 asym g64"``."""
@@ -141,8 +157,8 @@ class FloatWeight(WeightTerm):
 
     def __post_init__(self) -> None:
         size = self.layout.matrix_shape
-        _check("codes", self.codes, size, self.format.dtype, "FloatWeight")
-        _check("scale", self.scale, self.format.scale_shape(*size), torch.float32, "FloatWeight")
+        check_tensor("codes", self.codes, size, self.format.dtype, "FloatWeight")
+        check_tensor("scale", self.scale, self.format.scale_shape(*size), torch.float32, "FloatWeight")
 
     @property
     def layout(self) -> WeightLayout:
@@ -179,9 +195,10 @@ class FloatWeight(WeightTerm):
         return self.format.describe()
 
 
-def _check(
+def check_tensor(
     field: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, what: str = "QuantizedWeight"
 ) -> None:
+    """Refuse a tensor of another shape or dtype; ``what`` names the component."""
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise FormatError(
             f"{what}: {field} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}."

@@ -24,7 +24,7 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(native, name, {})
 
 
-@pytest.mark.parametrize("recipe", ["w8a16", "w4a16", "w4a8", "w8a8"])
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16", "w4a8", "w8a8", "nf4"])
 def test_the_forecast_is_what_generation_asks_for(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[str] = set()
     ensure = native.ensure_kernel
@@ -33,7 +33,7 @@ def test_the_forecast_is_what_generation_asks_for(recipe: str, monkeypatch: pyte
         asked.add(form.title)
         return ensure(form, isa)
 
-    for module in ("generated", "embeddings", "attention"):
+    for module in ("generated", "embeddings", "attention", "codebook"):
         monkeypatch.setattr(f"fxcompress.backends.cpu.{module}.ensure_kernel", recorded)
     small = fxcompress.compress(entry("llama-tied-odd").build(), recipe, verify="off")
     ids = entry("llama-tied-odd").tensors(1, 5)["input_ids"]
