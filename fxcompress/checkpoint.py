@@ -29,8 +29,11 @@ from fxcompress.edits import (
     Edit,
     FuseSites,
     Refuse,
+    Repack,
     SetActivation,
     SetEdge,
+    SetMask,
+    SetSensitivity,
     SetTensor,
     SetTransform,
     SetWeight,
@@ -45,7 +48,10 @@ __all__ = ["CheckpointStore", "canonical", "run_key", "step_key"]
 _FORMAT = 1
 _EDITS: dict[str, type[Any]] = {
     cls.__name__: cls
-    for cls in (SetTensor, SetWeight, SetActivation, SetTransform, SetEdge, FuseSites, Refuse)
+    for cls in (
+        *(SetTensor, SetWeight, SetMask, SetSensitivity, Repack),
+        *(SetActivation, SetTransform, SetEdge, FuseSites, Refuse),
+    )
 }
 _log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from fxcompress.edits import (
     Edit,
     FuseSites,
     Refuse,
+    Repack,
     SetActivation,
     SetEdge,
     SetTransform,
@@ -34,6 +35,7 @@ from fxcompress.pass_base import Pass
 from fxcompress.progress import ProgressEvent, ProgressOption, Reporter
 from fxcompress.recipe import Recipe
 from fxcompress.report import Report, account_for
+from fxcompress.sparsity import check_masks, zeros_check
 from fxcompress.verify import SiteAudit, check_weights, measure_end_to_end, prove_unchanged
 
 __all__ = ["RunResult", "Verify", "run_recipe"]
@@ -160,8 +162,11 @@ class _Run:
                 f"the recipe changed nothing: {names} made no edit. {self._refusals()}",
                 fix="check include/exclude and the sizes the passes ask for.",
             )
+        zeros = check_masks(self.state)
+        if zeros:
+            self.report.checks.append(zeros_check(self.state, zeros))
         self.report.rows = account_for(
-            self.program, self.state, self.plan.sites, self.errors, compresses=self.compresses
+            self.program, self.state, self.plan.sites, self.errors, zeros=zeros, compresses=self.compresses
         )
         self._measure_end(reporter)
         if self.data is not None:
@@ -258,9 +263,10 @@ class _Run:
         elif isinstance(edit, SetEdge):
             if not any(e.signature == edit.edge.signature and not e.reason for e in self.plan.edges):
                 raise RecipeError(f"{edit.name}: SetEdge on an edge that the graph does not have.")
-        elif isinstance(edit, SetWeight) and not edit.terms:
+        elif isinstance(edit, SetWeight | Repack) and not edit.terms:
             raise RecipeError(
-                f"{edit.name}: SetWeight without terms.", fix="yield Refuse to leave a weight alone."
+                f"{edit.name}: {type(edit).__name__} without terms.",
+                fix="yield Refuse to leave a weight alone.",
             )
         for key, tensor in _floats(edit):
             if not bool(torch.isfinite(tensor).all()):
@@ -312,7 +318,7 @@ def _names(edit: Edit) -> tuple[str, ...]:
 def _floats(edit: Edit) -> Iterator[tuple[str, Tensor]]:
     """Floating tensors inside the components of an edit."""
     parts: list[Component] = []
-    if isinstance(edit, SetWeight):
+    if isinstance(edit, SetWeight | Repack):
         parts = list(edit.terms)
     elif isinstance(edit, SetActivation):
         parts = [edit.activation]

@@ -34,6 +34,7 @@ class WeightRow:
         passes: Passes that changed it, in order.
         error: Largest relative output error a pass caused at it, or None when not measured.
         reason: Why it was left as it is; empty for a compressed one.
+        zeros: Exact zeros of a pruned parameter, counted in its final value; None when it was not pruned.
     """
 
     name: str
@@ -45,6 +46,7 @@ class WeightRow:
     passes: tuple[str, ...] = ()
     error: float | None = None
     reason: str = ""
+    zeros: int | None = None
 
 
 @dataclass
@@ -244,6 +246,7 @@ def account_for(
     errors: Mapping[str, float],
     *,
     compresses: bool,
+    zeros: Mapping[str, int] | None = None,
 ) -> tuple[WeightRow, ...]:
     """One row for every parameter of the model.
 
@@ -252,6 +255,7 @@ def account_for(
         state: The finished state.
         sites: All weight sites.
         errors: Measured error by parameter.
+        zeros: Exact zeros of pruned parameters.
         compresses: Whether some pass of the recipe compresses weights, so that each weight needs a reason.
 
     Raises:
@@ -277,7 +281,10 @@ def account_for(
             )
             if not reason:
                 unaccounted.append(name)
-        if not text:
+        mask = state.masks.get(name)
+        if mask is not None and not form.terms:
+            text = " + ".join(filter(None, (f"{mask.describe()}, stored dense", text)))
+        elif not text:
             text = "edited" if name in state.tensors else "kept"
         rows.append(
             WeightRow(
@@ -290,6 +297,7 @@ def account_for(
                 passes=changed,
                 error=reported,
                 reason=reason,
+                zeros=(zeros or {}).get(name),
             )
         )
     if unaccounted:
