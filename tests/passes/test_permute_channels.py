@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fxcompress.analysis.permutation import PermutationGroup, find_permutation_group
+from fxcompress.analysis.sites import find_sites
 from fxcompress.calibration import as_calibration
 from fxcompress.capture import capture_model
 from fxcompress.edits import SetTransform
@@ -97,7 +99,6 @@ def test_the_function_stays_and_more_is_retained(metric: str, gather: bool) -> N
     assert result.report.checks[0]["passed"]
     reasons = {n: [e.reason for e in held] for n, held in result.state.provenance.items()}
     assert "folded into weights" in str(reasons["down.weight"])
-    assert "folded into weights" in str(reasons["o.weight"])
     assert ("reordered by a gather" in str(reasons["q.weight"])) == gather
     if metric == "magnitude":
         plain = run_recipe(program, [pruned], data).state
@@ -105,8 +106,29 @@ def test_the_function_stays_and_more_is_retained(metric: str, gather: bool) -> N
         def kept(state: Any, name: str) -> float:
             return float(state.effective(name).abs().sum())
 
-        for name in ("down.weight", "o.weight"):
-            assert kept(result.state, name) > kept(plain, name)
+        assert kept(result.state, "down.weight") > kept(plain, "down.weight")
+
+
+def test_channels_of_values_move_within_their_head() -> None:
+    """Found over the whole graph: the model is too small for its attention to lie in one block."""
+    block = block_of(Heads(), (torch.randn(2, 7, 16),))
+    old = {name: weight.detach().clone() for name, weight in block.program.weights.items()}
+    sites = find_sites(block.program)
+    o = next(site for site in sites if site.name == "o.weight")
+    group = find_permutation_group(block.program, o, {site.node: [site] for site in sites})
+    assert isinstance(group, PermutationGroup)
+    for edit in PermuteChannels()._fold(block, group, old["o.weight"].abs()):
+        block.state.apply(edit, "permute-channels")
+    order = [int((old["v.weight"] == row).all(1).nonzero()) for row in block.weight("v.weight")]
+    assert order != list(range(16))
+    assert all(new // 8 == row // 8 for new, row in enumerate(order))
+    places = [
+        8 * (2 * head + copy) + row % 8 for head in (0, 1) for copy in (0, 1) for row in order[8 * head :][:8]
+    ]
+    assert torch.equal(block.weight("o.weight"), old["o.weight"][:, places])
+    assert torch.equal(block.weight("v.bias"), old["v.bias"][order])
+    before, after = (retained(w.abs(), 2, 4) for w in (old["o.weight"], block.weight("o.weight").detach()))
+    assert after > before
 
 
 def test_an_order_that_does_not_fold_is_left_alone_or_gathered() -> None:
