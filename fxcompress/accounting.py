@@ -26,6 +26,7 @@ def account_for(
     errors: Mapping[str, float],
     *,
     compresses: bool,
+    zeros: Mapping[str, int] | None = None,
     original: Program | None = None,
     changes: Sequence[Change] = (),
 ) -> tuple[WeightRow, ...]:
@@ -37,6 +38,7 @@ def account_for(
         sites: All weight sites.
         errors: Measured error by parameter.
         compresses: Whether some pass of the recipe compresses weights, so that each weight needs a reason.
+        zeros: Exact zeros of pruned parameters.
         original: The program before any cut. Default: ``program``.
         changes: What was cut in between.
 
@@ -69,7 +71,10 @@ def account_for(
             )
             if not reason:
                 unaccounted.append(name)
-        if not text:
+        mask = state.masks.get(name)
+        if mask is not None and not form.terms:
+            text = " + ".join(filter(None, (f"{mask.describe()}, stored dense", text)))
+        elif not text:
             edited = name in state.tensors or any(entry.action == "SetTensor" for entry in history)
             text = "edited" if edited else "kept"
         rows.append(
@@ -83,6 +88,7 @@ def account_for(
                 passes=changed,
                 error=reported,
                 reason=reason,
+                zeros=(zeros or {}).get(name),
                 cut=tuple(tensor.shape) if tensor.shape != before.shape else (),
             )
         )

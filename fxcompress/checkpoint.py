@@ -31,8 +31,11 @@ from fxcompress.edits import (
     KeepUnits,
     Refuse,
     RemoveBlock,
+    Repack,
     SetActivation,
     SetEdge,
+    SetMask,
+    SetSensitivity,
     SetTensor,
     SetTransform,
     SetWeight,
@@ -48,7 +51,8 @@ _FORMAT = 1
 _EDITS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        *(SetTensor, SetWeight, SetActivation, SetTransform, SetEdge, FuseSites),
+        *(SetTensor, SetWeight, SetMask, SetSensitivity, Repack),
+        *(SetActivation, SetTransform, SetEdge, FuseSites),
         *(KeepUnits, RemoveBlock, Refuse),
     )
 }

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import RecipeError, WeightError
-from fxcompress.forms import ActivationQuantizer, Component, EdgeQuantizer, SiteForm, Transform, WeightTerm
+from fxcompress.forms import (
+    ActivationQuantizer,
+    Component,
+    EdgeQuantizer,
+    SiteForm,
+    SparsityMask,
+    Transform,
+    WeightTerm,
+)
+from fxcompress.forms.mask import groups_over
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +46,48 @@ class SetWeight:
     terms: tuple[WeightTerm, ...]
     reason: str = ""
     error: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SetMask:
+    """Prune ``name``: its dense value becomes ``value``, and stays zero where the mask says so.
+
+    A mask may replace an earlier one that keeps no fewer entries; an N:M pattern stays.
+    """
+
+    name: str
+    value: Tensor
+    mask: SparsityMask
+    reason: str = ""
+    error: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SetSensitivity:
+    """Note how much pruning ``name`` would hurt, for passes that divide zeros among layers.
+
+    Args:
+        measure: What ``value`` is; see :mod:`fxcompress.passes.allocate_sparsity`.
+        value: The larger, the fewer zeros.
+        spread: How far the sparsity of a layer may lie from the mean of all.
+        bounds: Least and greatest sparsity of a layer.
+    """
+
+    name: str
+    measure: str
+    value: float
+    spread: float
+    bounds: tuple[float, ...] = (0.0, 1.0)
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Repack:
+    """Store ``name`` by other ``terms`` of exactly the same value."""
+
+    name: str
+    terms: tuple[WeightTerm, ...]
+    reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +185,17 @@ class Refuse:
 
 StructuralEdit: TypeAlias = KeepUnits | RemoveBlock
 Edit: TypeAlias = (
-    SetTensor | SetWeight | SetActivation | SetTransform | SetEdge | FuseSites | StructuralEdit | Refuse
+    SetTensor
+    | SetWeight
+    | SetMask
+    | SetSensitivity
+    | Repack
+    | SetActivation
+    | SetTransform
+    | SetEdge
+    | FuseSites
+    | StructuralEdit
+    | Refuse
 )
 
 
@@ -160,6 +221,9 @@ class CompressionState:
         provenance: Who did what to a parameter.
         kept: Units kept of every channel group that the next cut makes smaller, by the group's name.
         removed: A parameter of every block that the next cut removes.
+        masks: Masks of pruned parameters.
+        unpruned: What a pruned parameter was before, until another edit changes it.
+        sensitivities: See :class:`SetSensitivity`.
     """
 
     weights: Mapping[str, Tensor]
@@ -169,6 +233,9 @@ class CompressionState:
     provenance: dict[str, list[Provenance]] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    masks: dict[str, SparsityMask] = field(default_factory=dict)
+    unpruned: dict[str, Tensor] = field(default_factory=dict)
+    sensitivities: dict[str, SetSensitivity] = field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
         """The current *dense* tensor of ``name``: edited value or original.
@@ -211,12 +278,20 @@ class CompressionState:
             RecipeError: a second weight replacement, or a dense edit after one.
         """
         _check(self, edit)
-        error = edit.error if isinstance(edit, SetWeight) else None
+        error = edit.error if isinstance(edit, SetWeight | SetMask) else None
         if isinstance(edit, SetTensor):
             self.tensors[edit.name] = edit.value
-        elif isinstance(edit, SetWeight):
+            self.unpruned.pop(edit.name, None)
+        elif isinstance(edit, SetWeight | Repack):
             self.forms[edit.name] = dataclasses.replace(self.form(edit.name), terms=edit.terms)
             self.tensors.pop(edit.name, None)
+            self.unpruned.pop(edit.name, None)
+        elif isinstance(edit, SetMask):
+            self.unpruned.setdefault(edit.name, self.weight(edit.name))
+            self.tensors[edit.name] = edit.value
+            self.masks[edit.name] = edit.mask
+        elif isinstance(edit, SetSensitivity):
+            self.sensitivities[edit.name] = edit
         elif isinstance(edit, SetActivation):
             self.forms[edit.name] = dataclasses.replace(self.form(edit.name), activation=edit.activation)
         elif isinstance(edit, SetTransform):
@@ -251,6 +326,9 @@ class CompressionState:
             {name: list(entries) for name, entries in self.provenance.items()},
             dict(self.kept),
             self.removed,
+            dict(self.masks),
+            dict(self.unpruned),
+            dict(self.sensitivities),
         )
 
 
@@ -260,14 +338,10 @@ def _check(state: CompressionState, edit: Edit) -> None:
         if name not in state.weights:
             raise WeightError(f"{name}: the model has no such parameter.")
     if isinstance(edit, SetTensor):
-        current = state.weight(edit.name)
-        if edit.value.shape != current.shape or edit.value.dtype != current.dtype:
-            raise WeightError(
-                f"{edit.name}: replacement is {tuple(edit.value.shape)} {edit.value.dtype},"
-                f" expected {tuple(current.shape)} {current.dtype}."
-            )
-        if not bool(torch.isfinite(edit.value).all()):
-            raise WeightError(f"{edit.name}: the replacement contains NaN or inf.")
+        _check_value(state, edit.name, edit.value)
+        _check_zeros(state, edit.name, edit.value)
+    elif isinstance(edit, SetMask):
+        _check_mask(state, edit)
     elif isinstance(edit, SetEdge):
         if any(edge.signature == edit.edge.signature for edge in state.form(edit.name).edges):
             raise RecipeError(
@@ -275,18 +349,79 @@ def _check(state: CompressionState, edit: Edit) -> None:
                 fix="quantize each edge once.",
             )
     elif isinstance(edit, SetWeight):
-        shape = state.weight(edit.name).shape
-        for term in edit.terms:
-            if tuple(term.parameter_shape) != tuple(shape):
-                raise WeightError(
-                    f"{edit.name}: term has shape {term.parameter_shape}, expected {tuple(shape)}."
-                )
+        _check_terms(edit.name, edit.terms, state.weight(edit.name))
+        if edit.name in state.masks:
+            _check_zeros(state, edit.name, _sum(edit.terms, state.weight(edit.name).dtype))
+    elif isinstance(edit, Repack):
+        current = state.effective(edit.name)
+        _check_terms(edit.name, edit.terms, current)
+        if not torch.equal(_sum(edit.terms, current.dtype), current):
+            raise WeightError(f"{edit.name}: Repack must keep the value, and it changes.")
+
+
+def _check_value(state: CompressionState, name: str, value: Tensor) -> None:
+    current = state.weight(name)
+    if value.shape != current.shape or value.dtype != current.dtype:
+        raise WeightError(
+            f"{name}: replacement is {tuple(value.shape)} {value.dtype},"
+            f" expected {tuple(current.shape)} {current.dtype}."
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise WeightError(f"{name}: the replacement contains NaN or inf.")
+
+
+def _check_terms(name: str, terms: tuple[WeightTerm, ...], current: Tensor) -> None:
+    for term in terms:
+        if tuple(term.parameter_shape) != tuple(current.shape):
+            raise WeightError(
+                f"{name}: term has shape {term.parameter_shape}, expected {tuple(current.shape)}."
+            )
+
+
+def _sum(terms: tuple[WeightTerm, ...], dtype: torch.dtype) -> Tensor:
+    return SiteForm(terms=terms).dense(dtype)
+
+
+def _check_zeros(state: CompressionState, name: str, value: Tensor) -> None:
+    """Refuse a value that is not zero where the parameter was pruned."""
+    mask = state.masks.get(name)
+    filled = 0 if mask is None else mask.broken_by(value)
+    if filled and mask is not None:
+        done_by = [entry.pass_name for entry in state.provenance.get(name, []) if entry.action == "SetMask"]
+        raise RecipeError(
+            f"{name}: would fill {filled} of the {mask.pruned} entries that {done_by[-1]} pruned.",
+            fix="put the pruning pass behind this one, or keep the weight out of one of them.",
+        )
+
+
+def _check_mask(state: CompressionState, edit: SetMask) -> None:
+    name, mask, old = edit.name, edit.mask, state.masks.get(edit.name)
+    _check_value(state, name, edit.value)
+    if mask.keep.shape != edit.value.shape:
+        raise WeightError(
+            f"{name}: mask has shape {tuple(mask.keep.shape)}, expected {tuple(edit.value.shape)}."
+        )
+    filled = mask.broken_by(edit.value)
+    if filled:
+        raise WeightError(f"{name}: {filled} entries are masked and not zero.")
+    if old is None:
+        return
+    if mask.pruned < old.pruned:
+        raise RecipeError(
+            f"{name}: a mask of {mask.pruned} zeros would replace one of {old.pruned}.",
+            fix="prune at least as much as the pass before.",
+        )
+    if old.m and groups_over(mask.matrix, old.n, old.m):
+        raise RecipeError(
+            f"{name}: the new mask does not keep the {old.n}:{old.m} pattern of the old one.",
+            fix="use one pattern in a recipe.",
+        )
 
 
 def floats_of(edit: Edit) -> Iterator[tuple[str, Tensor]]:
     """Floating tensors inside the components of an edit."""
     parts: list[Component] = []
-    if isinstance(edit, SetWeight):
+    if isinstance(edit, SetWeight | Repack):
         parts = list(edit.terms)
     elif isinstance(edit, SetActivation):
         parts = [edit.activation]

@@ -27,6 +27,7 @@ from fxcompress.edits import (
     KeepUnits,
     Refuse,
     RemoveBlock,
+    Repack,
     SetActivation,
     SetEdge,
     SetTransform,
@@ -38,6 +39,7 @@ from fxcompress.pass_base import Pass, StructuralPass
 from fxcompress.progress import ProgressEvent, ProgressOption, Reporter
 from fxcompress.recipe import Recipe
 from fxcompress.report import Report
+from fxcompress.sparsity import check_masks, zeros_check
 from fxcompress.structure.commit import Committed, check_structural, mask
 from fxcompress.structure.rounds import Round
 from fxcompress.verify import SiteAudit, check_weights, measure_end_to_end, prove_unchanged
@@ -176,6 +178,9 @@ class _Run:
                 f"the recipe changed nothing: {names} made no edit. {self._refusals()}",
                 fix="check include/exclude and the sizes the passes ask for.",
             )
+        zeros = check_masks(self.state)
+        if zeros:
+            self.report.checks.append(zeros_check(self.state, zeros))
         rounds = tuple(done.committed for done in self.structural if done.committed is not None)
         changes = [committed.change for committed in rounds]
         self.report.rows = account_for(
@@ -183,6 +188,7 @@ class _Run:
             self.state,
             self.plan.sites,
             self.errors,
+            zeros=zeros,
             compresses=self.compresses,
             original=self.program,
             changes=changes,
@@ -329,9 +335,10 @@ class _Run:
         elif isinstance(edit, SetEdge):
             if not any(e.signature == edit.edge.signature and not e.reason for e in self.plan.edges):
                 raise RecipeError(f"{edit.name}: SetEdge on an edge that the graph does not have.")
-        elif isinstance(edit, SetWeight) and not edit.terms:
+        elif isinstance(edit, SetWeight | Repack) and not edit.terms:
             raise RecipeError(
-                f"{edit.name}: SetWeight without terms.", fix="yield Refuse to leave a weight alone."
+                f"{edit.name}: {type(edit).__name__} without terms.",
+                fix="yield Refuse to leave a weight alone.",
             )
         for key, tensor in floats_of(edit):
             if not bool(torch.isfinite(tensor).all()):

@@ -150,6 +150,30 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "sparse-2of4": {
+        "summary": "2 of every 4 inputs kept (SparseGPT), stored without the zeros; needs calibration data",
+        "passes": [{"sparsegpt": {"pattern": "2:4"}}, "pack-sparse"],
+    },
+    "sparse-2of4-w8a8": {
+        "summary": "2 of every 4 inputs kept (SparseGPT), 8-bit weights and activations; needs data",
+        "passes": [
+            {"sparsegpt": {"pattern": "2:4"}},
+            {"quantize-weights": {"bits": 8, "group_size": 0}},
+            {"quantize-activations": {"bits": 8, "mode": "dynamic"}},
+            "fuse-siblings",
+            "pack-sparse",
+        ],
+    },
+    "sparse50-w4a16-gptq": {
+        "summary": "half of the weights zero (SparseGPT), the rest 4 bits by GPTQ; smallest; needs data",
+        "passes": [
+            {"sparsegpt": {"sparsity": 0.5}},
+            {"gptq": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "only_remaining": True}},
+            "fuse-siblings",
+            "pack-sparse",
+        ],
+    },
     "qdq-int8": {
         "summary": "quantize/dequantize pairs at weights, inputs, attention and sums, static; needs data",
         "passes": [{"insert-quant-dequant": {"activations": "tensor"}}],

@@ -41,6 +41,13 @@ BUILTIN_PASSES: dict[str, str] = {
     "awq": "fxcompress.passes.awq:Awq",
     "clip-weights": "fxcompress.passes.clip_weights:ClipWeights",
     "reorder-channels": "fxcompress.passes.reorder_channels:ReorderChannels",
+    "permute-channels": "fxcompress.passes.permute_channels:PermuteChannels",
+    "allocate-sparsity": "fxcompress.passes.allocate_sparsity:AllocateSparsity",
+    "prune-magnitude": "fxcompress.passes.prune_magnitude:PruneMagnitude",
+    "wanda": "fxcompress.passes.wanda:Wanda",
+    "sparsegpt": "fxcompress.passes.sparsegpt:SparseGpt",
+    "e-sparse": "fxcompress.passes.e_sparse:ESparse",
+    "dsnot": "fxcompress.passes.dsnot:Dsnot",
     "gptq": "fxcompress.passes.gptq:Gptq",
     "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
     "quantize-codebook": "fxcompress.passes.quantize_codebook:QuantizeCodebook",
@@ -49,6 +56,7 @@ BUILTIN_PASSES: dict[str, str] = {
     "layer-distill": "fxcompress.passes.layer_distill:LayerDistill",
     "insert-quant-dequant": "fxcompress.passes.insert_quant_dequant:InsertQuantDequant",
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
+    "pack-sparse": "fxcompress.passes.pack_sparse:PackSparse",
 }
 BUILTIN_BACKENDS: dict[str, str] = {
     "inductor": "fxcompress.backends.dynamo:InductorBackend",

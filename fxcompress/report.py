@@ -33,6 +33,7 @@ class WeightRow:
         reason: Why it was left as it is; empty for a compressed one.
         cut: Its shape after the structure was changed; empty when it was not. A removed one has no elements
             left.
+        zeros: Exact zeros of a pruned parameter, counted in its final value; None when it was not pruned.
     """
 
     name: str
@@ -45,6 +46,7 @@ class WeightRow:
     error: float | None = None
     reason: str = ""
     cut: tuple[int, ...] = ()
+    zeros: int | None = None
 
 
 @dataclass

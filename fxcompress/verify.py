@@ -13,7 +13,15 @@ from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.calibration.inputs import CalibrationData
 from fxcompress.calibration.signature import CallSignature
 from fxcompress.calibration.walk import BlockRunner, Plan, Walk
-from fxcompress.edits import CompressionState, Edit, FuseSites, SetActivation, SetTransform, SetWeight
+from fxcompress.edits import (
+    CompressionState,
+    Edit,
+    FuseSites,
+    SetActivation,
+    SetMask,
+    SetTransform,
+    SetWeight,
+)
 from fxcompress.errors import CalibrationError, VerificationError, WeightError
 
 __all__ = ["TOLERANCE", "EndToEnd", "SiteAudit", "check_weights", "measure_end_to_end", "prove_unchanged"]
@@ -166,7 +174,8 @@ class SiteAudit:
     ) -> dict[str, float]:
         """Errors by parameter for the block the audit stands at, then one step on."""
         index = self._walk.position
-        touched = {edit.name for edit in edits if isinstance(edit, SetWeight | SetActivation | SetTransform)}
+        lossy = SetWeight | SetMask | SetActivation | SetTransform
+        touched = {edit.name for edit in edits if isinstance(edit, lossy)}
         sites = [site for site in self.plan.block_sites[index] if site.name in touched]
         errors: dict[str, float] = {}
         if sites:

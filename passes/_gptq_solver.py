@@ -64,6 +64,7 @@ def gptq_solve(
     search: bool = True,
     weighted_search: bool = False,
     parameters: Parameters | None = None,
+    keep: Tensor | None = None,
 ) -> Solution:
     """Round ``w`` so that its outputs on inputs with second moments ``gram`` change least.
 
@@ -87,6 +88,7 @@ def gptq_solve(
         search: Search each range instead of covering it. Default True.
         weighted_search: Weight the searched errors with ``diag H``.
         parameters: ``(scale, zero)`` to use instead of finding them.
+        keep: bool like ``w``: entries that stay exactly zero where it is False; ``w`` is zero there.
 
     Returns:
         The :class:`Solution`, always batched.
@@ -115,9 +117,10 @@ def gptq_solve(
     given = parameters or find(w, 0)
     order = diagonal.argsort(dim=1, descending=True, stable=True) if act_order else _identity(diagonal)
     factor, used = inverse_factor(_permuted(gram, order), damping, shrinkage)
-    rounder = _Rounder(fmt, order, factor.float(), *given)
-    refit = None if static_groups or parameters is not None or fmt.group_size <= 0 else find
     index = order[:, :, None].expand(-1, -1, w.shape[1])  # [B, K, N]
+    kept = None if keep is None else keep.reshape(w.shape).mT.gather(1, index)
+    rounder = _Rounder(fmt, order, factor.float(), *given, kept)
+    refit = None if static_groups or parameters is not None or fmt.group_size <= 0 else find
     found = rounder.run(w.float().mT.gather(1, index), block_columns, refit)
     codes = torch.empty_like(found).scatter_(1, index, found).mT.contiguous()
     return _better_rows(w, gram, fmt, codes, (rounder.scale, rounder.zero), given, used)
@@ -195,11 +198,19 @@ class _Rounder:
         factor: ``U: [B, K, K]`` float32 over positions.
         scale: ``[B, N, G]`` or ``[B, 1, 1]``.
         zero: Like ``scale``, or None.
+        keep: ``[B, K, N]`` bool over positions: where False, the code is that of zero. None: everywhere.
     """
 
     def __init__(
-        self, fmt: IntFormat, order: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None
+        self,
+        fmt: IntFormat,
+        order: Tensor,
+        factor: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        keep: Tensor | None = None,
     ) -> None:
+        self.keep = keep
         self.fmt, self.factor = fmt, factor
         self.pivot = factor.diagonal(dim1=1, dim2=2)  # [B, K]
         self.scale, self.zero = scale, zero
@@ -245,6 +256,8 @@ class _Rounder:
             k = i - start
             column, s, z = columns[:, i], scale[:, k], zero[:, k]  # [B, N] each
             code = (column / s).round_().add_(z).clamp_(self.fmt.qmin, self.fmt.qmax)
+            if self.keep is not None:
+                code = torch.where(self.keep[:, i], code, z)
             codes[:, i] = code
             error = (column - (code - z) * s).div_(self.pivot[:, i, None])
             errors[:, k] = error

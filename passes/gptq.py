@@ -4,7 +4,8 @@
 
 Frantar et al., 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
 (arXiv:2210.17323). Number format, size and speed are those of ``quantize-weights``; only the codes differ.
-Keeps: every use of the weight, its shape and dtype.
+Keeps: every use of the weight, its shape and dtype; the zeros of a pruned weight, whose errors move on to the
+columns behind them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fxcompress.analysis.site_types import Site, SiteKind
+from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, Refuse, SetWeight
 from fxcompress.errors import CalibrationError, FormatError, RecipeError
 from fxcompress.formats import IntFormat
 from fxcompress.formats.integer import make_term
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._gptq_solver import Solution, gptq_solve
-from fxcompress.passes._input_rows import matrix_count, site_rows, unsupported
+from fxcompress.passes._input_rows import matrix_count, unsupported
+from fxcompress.passes._moments import linear_grams, moments, stages
 from fxcompress.passes._selection import (
     Candidate,
     Role,
@@ -144,15 +146,15 @@ class Gptq(SelectivePass):
                 chosen.append(candidate)
             else:
                 yield Refuse(candidate.name, reason)
-        stages = _stages(chosen)
+        family = stages(chosen)
         if self.sequential == "block":
-            grams = _linear_grams(block, [candidate for stage in stages for candidate in stage])
-            for stage in stages:
+            grams = linear_grams(block, [candidate for stage in family for candidate in stage])
+            for stage in family:
                 for candidate in stage:
                     yield self._edit(block, candidate, grams.get(candidate.name))
             return
-        for stage in stages:
-            grams = _linear_grams(block, stage)
+        for stage in family:
+            grams = linear_grams(block, stage)
             for candidate in stage:
                 yield self._edit(block, candidate, grams.get(candidate.name))
 
@@ -178,15 +180,18 @@ class Gptq(SelectivePass):
         fmt, note = fitting_format(self.format, columns)
         count = matrix_count(site)
         split = matrix.reshape(count, -1, columns)  # groups of a convolution become matrices
+        mask = block.state.masks.get(name)
+        keep = None if mask is None else mask.matrix.reshape(split.shape)
         step = max(1, _GRAM_NUMBERS // columns**2)
         solutions = []
         for start in range(0, count, step):
             part = range(start, min(count, start + step))
             if site.kind is not SiteKind.LINEAR:
-                gram = _moments(block, candidate, part)
+                gram = moments(block, candidate, part)
             if gram is None:
                 return Refuse(name, "no calibration token reaches it")
-            solutions.append(self._solve(name, split[part.start : part.stop], gram, fmt))
+            kept = None if keep is None else keep[part.start : part.stop]
+            solutions.append(self._solve(name, split[part.start : part.stop], gram, fmt, kept))
         codes = torch.cat([solution.codes for solution in solutions]).reshape(batch, rows, columns)
         scale = torch.cat([solution.scale for solution in solutions]).reshape(batch, rows, -1)
         zeros = [solution.zero for solution in solutions if solution.zero is not None]
@@ -198,7 +203,7 @@ class Gptq(SelectivePass):
             reason += f", damping raised to {used:g}"
         return SetWeight(name, (make_term(codes, scale, zero, layout, fmt),), reason=reason, error=error)
 
-    def _solve(self, name: str, w: Tensor, gram: Tensor, fmt: IntFormat) -> Solution:
+    def _solve(self, name: str, w: Tensor, gram: Tensor, fmt: IntFormat, keep: Tensor | None) -> Solution:
         try:
             return gptq_solve(
                 w,
@@ -211,78 +216,10 @@ class Gptq(SelectivePass):
                 block_columns=self.block_columns,
                 search=self.search,
                 weighted_search=self.weighted_search,
+                keep=keep,
             )
         except CalibrationError as error:
             raise CalibrationError(f"{self.name}: {name}: {error}") from error
-
-
-def _stages(chosen: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Linear sites that read the same value together, all others alone, in graph order."""
-    stages: dict[object, list[Candidate]] = {}
-    for candidate in chosen:
-        alone = candidate.primary.kind is not SiteKind.LINEAR
-        stages.setdefault(candidate.name if alone else candidate.primary.input, []).append(candidate)
-    return list(stages.values())
-
-
-def _uses(candidate: Candidate) -> list[Site]:
-    """Uses in this block that read the weight as the primary one does."""
-    first = candidate.primary
-    return [site for site in candidate.here if site.kind is first.kind and site.layout == first.layout]
-
-
-def _linear_grams(block: BlockContext, chosen: Sequence[Candidate]) -> dict[str, Tensor]:
-    """``[1, K, K]`` by parameter name for linear sites that any token reached."""
-    linear = [candidate for candidate in chosen if candidate.primary.kind is SiteKind.LINEAR]
-    sites = [site for candidate in linear for site in _uses(candidate)]
-    if not sites:
-        return {}
-    statistics = block.statistics(sites, gram=True)
-    grams = {}
-    for candidate in linear:
-        seen = [statistics[site.input.name] for site in _uses(candidate) if site.input is not None]
-        seen = [entry for entry in seen if entry.count > 0]
-        total = sum(entry.count for entry in seen)
-        if total:
-            first, *others = [
-                entry.gram if len(seen) == 1 else entry.gram * (entry.count / total) for entry in seen
-            ]
-            grams[candidate.name] = sum(others, first)[None]
-    return grams
-
-
-def _moments(block: BlockContext, candidate: Candidate, part: range) -> Tensor | None:
-    """``[len(part), K, K]``: mean ``x xᵀ`` of the rows of those matrices; None when there are no rows at all.
-
-    A matrix that no row reached (an expert nothing was routed to) takes the mean over the rows of all.
-    """
-    site = candidate.primary
-    columns = site.layout.matrix_shape[2]
-    device = block.weight(candidate.name).device
-    sums = torch.zeros(len(part), columns, columns, device=device)
-    counts = torch.zeros(len(part), device=device)
-    pooled, total = torch.zeros(columns, columns, device=device), 0
-    for use in _uses(candidate):
-        for rows in site_rows(block, use):
-            x = rows.values.detach().to(device, torch.float32)  # [M, T, K]
-            total += x.shape[0] * x.shape[1]
-            if rows.first is None:
-                moment = x[0].mT @ x[0]
-                sums += moment
-                counts += x.shape[1]
-                pooled += moment
-                continue
-            inside = [m for m in range(x.shape[0]) if rows.first + m in part]
-            moments = x.mT @ x  # [M, K, K]
-            pooled += moments.sum(0)
-            if inside:
-                at = slice(rows.first + inside[0] - part.start, rows.first + inside[-1] - part.start + 1)
-                sums[at] += moments[inside[0] : inside[-1] + 1]
-                counts[at] += x.shape[1]
-    if total == 0:
-        return None
-    reached = (counts > 0)[:, None, None]
-    return torch.where(reached, sums / counts.clamp_min(1)[:, None, None], pooled / total)
 
 
 def _relative(solutions: Sequence[Solution], which: str) -> float:

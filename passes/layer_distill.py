@@ -129,7 +129,8 @@ class LayerDistill(SelectivePass):
         }
         names = [*formats, *(self._floats(block, function, formats) if self.train_floats else ())]
         start = {name: block.weight(name).detach() for name in names}
-        student = _Student(function, start, formats)
+        keep = {name: mask.keep for name, mask in block.state.masks.items() if name in start}
+        student = _Student(function, start, formats, keep)
         before, after, best = student.train(self.steps, self.learning_rate, f"{self.name}, {block.name}")
         note = f"block loss {before:.3g} → {after:.3g}"
         for name, value in best.items():
@@ -176,6 +177,7 @@ class _Student:
         function: The block.
         start: Where every trained tensor starts; not changed.
         formats: Layout and number format of those that are rounded.
+        keep: Masks of pruned tensors (bool, their shape), whose zeros stay.
     """
 
     def __init__(
@@ -183,7 +185,9 @@ class _Student:
         function: BlockFunction,
         start: Mapping[str, Tensor],
         formats: Mapping[str, tuple[WeightLayout, IntFormat]],
+        keep: Mapping[str, Tensor],
     ) -> None:
+        self.keep = keep
         self.function = function
         self.formats = formats
         self.dtypes = {name: value.dtype for name, value in start.items()}
@@ -209,11 +213,18 @@ class _Student:
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
+            self._mask()
             if step % look == 0 or step == steps:
                 found = self.loss()
                 if found < least:  # false for NaN
                     least, best = found, self.snapshot()
         return before, least, best
+
+    @torch.no_grad()
+    def _mask(self) -> None:
+        """Undo the step where a tensor is pruned: its optimiser would otherwise fill the zeros."""
+        for name, keep in self.keep.items():
+            self.latent[name].masked_fill_(~keep.to(self.latent[name].device), 0)
 
     def snapshot(self) -> dict[str, Tensor]:
         """The tensors now, in the model's dtypes."""

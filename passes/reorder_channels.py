@@ -22,11 +22,11 @@ from torch import Tensor, fx
 from fxcompress.analysis.permutation import PermutationGroup, find_permutation_group
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.analysis.sites import find_sites
-from fxcompress.edits import Edit, Refuse, SetTensor, SetTransform
+from fxcompress.edits import Edit, Refuse, SetTransform
 from fxcompress.errors import RecipeError
-from fxcompress.forms import Permute
 from fxcompress.pass_base import BlockContext, Statistics
 from fxcompress.passes._clusters import cluster
+from fxcompress.passes._folding import gathered, unfoldable
 from fxcompress.passes._inside import nodes_inside
 from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates
 
@@ -59,7 +59,9 @@ class ReorderChannels(SelectivePass):
     summary: ClassVar[str] = "Cluster input channels by range and reorder them; the function stays the same."
     source: ClassVar[str] = "Yuan et al., 2023 (RPTQ, arXiv:2304.01089), section 4"
     provides: ClassVar[frozenset[str]] = frozenset({"reordered-channels"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "quantized-activations"})
+    conflicts: ClassVar[frozenset[str]] = frozenset(
+        {"quantized-weights", "quantized-activations", "sparse-weights"}
+    )
     needs_calibration: ClassVar[bool] = True
     preserves_function: ClassVar[bool] = True
 
@@ -91,7 +93,7 @@ class ReorderChannels(SelectivePass):
         inside = nodes_inside(block)
         for node, family in chosen.items():
             found = find_permutation_group(block.program, family[0].primary, by_node, inside)
-            blocked = found if isinstance(found, str) else self._unfoldable(block, found, family)
+            blocked = found if isinstance(found, str) else unfoldable(self, block, found, family)
             seen = statistics[node.name]
             if not seen.count:
                 reason = "no calibration token reaches it"
@@ -148,27 +150,8 @@ class ReorderChannels(SelectivePass):
         label = cluster(points, self.clusters, block.generator)
         order = torch.argsort(label, stable=True)
         sizes = _runs(label[order])
-        for candidate in family:
-            site, weight = candidate.primary, block.weight(candidate.name).detach()
-            moved = weight.index_select(site.layout.perm[1], order.to(weight.device))
-            yield SetTensor(site.name, moved, f"input reordered by a gather: {blocked}")
-            yield SetTransform(site.name, (Permute(order),), clusters=sizes, reason=f"{len(sizes)} clusters")
+        yield from gathered(block, family, order, blocked, sizes, f"{len(sizes)} clusters")
         return ""
-
-    def _unfoldable(
-        self, block: BlockContext, group: PermutationGroup, family: list[Candidate]
-    ) -> str | None:
-        """Why a group must not be folded although it could be."""
-        names = {candidate.name for candidate in family}
-        for parameter in group.parameters:
-            reason = self.unselected(block.program, parameter.name) if self.exclude else None
-            if reason is not None:
-                return f"{parameter.name} is {reason}"
-            form = block.state.form(parameter.name)
-            if form.terms or (form.clusters and parameter.name in {s.name for s in group.consumers}):
-                return f"{parameter.name} is compressed or in clusters already"
-        foreign = [site.name for site in group.consumers if site.name not in names]
-        return f"{foreign[0]}, which reads the same channels, is not reordered" if foreign else None
 
     def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
         reason = self.unselected(block.program, candidate.name)

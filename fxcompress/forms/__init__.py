@@ -13,14 +13,26 @@ from fxcompress.forms.codebook import CodebookWeight
 from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
+from fxcompress.forms.mask import SparsityMask
 from fxcompress.forms.outliers import FixedOutliers, OutlierColumns, OutlierSplit, SplitQuantizer
 from fxcompress.forms.site_form import EdgeQuantizer, Permute, Scale, Shift, SiteForm, Transform
+from fxcompress.forms.sparse import (
+    BitmapIndex,
+    CsrIndex,
+    NmIndex,
+    SparseIndex,
+    SparseQuantizedWeight,
+    SparseWeight,
+)
+from fxcompress.forms.sparse_cuda import SemiStructuredWeight, TiledSparseWeight
 from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
 
 __all__ = [
     "ActivationQuantizer",
+    "BitmapIndex",
     "CodebookWeight",
     "Component",
+    "CsrIndex",
     "DynamicPerGroup",
     "DynamicPerToken",
     "Eager",
@@ -30,16 +42,23 @@ __all__ = [
     "FloatPerTensor",
     "FloatPerToken",
     "FloatWeight",
+    "NmIndex",
     "OutlierColumns",
     "OutlierSplit",
     "Permute",
     "QuantizedWeight",
     "Scale",
+    "SemiStructuredWeight",
     "Shift",
     "SiteForm",
+    "SparseIndex",
+    "SparseQuantizedWeight",
+    "SparseWeight",
+    "SparsityMask",
     "SplitQuantizer",
     "StaticPerCluster",
     "StaticPerTensor",
+    "TiledSparseWeight",
     "Transform",
     "WeightLayout",
     "WeightTerm",
