@@ -63,6 +63,8 @@ def quotient(size: Size, divisor: Size) -> Size | None:
     """``size / divisor`` where that is an integer for all values of the symbols, else None."""
     if isinstance(size, int) and isinstance(divisor, int):
         return size // divisor if divisor and size % divisor == 0 else None
+    if isinstance(size, int):
+        return None
     return _symbolic_quotient(size, divisor)
 
 
