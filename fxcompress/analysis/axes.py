@@ -70,7 +70,11 @@ def quotient(size: Size, divisor: Size) -> Size | None:
 
 @lru_cache(maxsize=4096)
 def _symbolic_quotient(size: Size, divisor: Size) -> Size | None:
-    ratio = sympy.factor(sympy.sympify(size) / sympy.sympify(divisor))
+    ratio = sympy.sympify(size) / sympy.sympify(divisor)
+    if ratio.is_rational_function(
+        *ratio.free_symbols
+    ):  # not with rounded divisions, which are slow to simplify
+        ratio = sympy.factor(ratio)
     numerator, denominator = ratio.as_numer_denom()
     if denominator != 1:
         return None

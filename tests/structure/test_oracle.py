@@ -63,6 +63,35 @@ def test_every_group_of_the_packaged_model(smollm_small: Any) -> None:
     assert check_kept(program, groups, some(groups), inputs) <= 1e-9
 
 
+class Densely(nn.Module):
+    """Every layer reads all earlier ones, concatenated; norms and a classifier read them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        widths = (6, 10, 14)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.layers = nn.ModuleList(nn.Conv2d(width, 4, 3, padding=1) for width in widths)
+        self.transition = nn.Conv2d(18, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [self.stem(x)]
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            found.append(layer(norm(torch.cat(found, 1)).relu()))
+        return self.head(self.transition(torch.cat(found, 1)).mean((2, 3)))
+
+
+def test_every_layer_of_a_densely_connected_network_is_a_group() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    program = capture_model(Densely().eval(), (x,))
+    groups = find_channel_groups(program)
+    assert [group.units for group in groups] == [6, 4, 4, 4, 8]
+    stem = {member.name for member in groups.groups[0].members}
+    assert {"norms.0.running_var", "norms.2.bias", "layers.2.weight", "transition.weight"} <= stem
+    assert max(check_groups(program, groups, [x]).values()) <= 1e-9
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
