@@ -44,9 +44,9 @@ class _Roles:
             kept = [dim for label, dim in dims.items() if label in made.kept]
             alone = len(dims) > len(batch)
             self.note(operand, kept, "produces" if alone else "scales")
-        for bias, dims in made.biases:
+        for bias, own in made.biases:
             if bias in self.typing.constant:
-                self.note(bias, dims, "produces")
+                self.note(bias, own, "produces")
 
     def sum(self, effect: Effect, products: set[fx.Node]) -> None:
         """A vector added to a product is its bias; rows looked up are computed by the table."""
