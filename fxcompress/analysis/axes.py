@@ -63,12 +63,18 @@ def quotient(size: Size, divisor: Size) -> Size | None:
     """``size / divisor`` where that is an integer for all values of the symbols, else None."""
     if isinstance(size, int) and isinstance(divisor, int):
         return size // divisor if divisor and size % divisor == 0 else None
+    if isinstance(size, int):
+        return None
     return _symbolic_quotient(size, divisor)
 
 
 @lru_cache(maxsize=4096)
 def _symbolic_quotient(size: Size, divisor: Size) -> Size | None:
-    ratio = sympy.factor(sympy.sympify(size) / sympy.sympify(divisor))
+    ratio = sympy.sympify(size) / sympy.sympify(divisor)
+    if ratio.is_rational_function(
+        *ratio.free_symbols
+    ):  # not with rounded divisions, which are slow to simplify
+        ratio = sympy.factor(ratio)
     numerator, denominator = ratio.as_numer_denom()
     if denominator != 1:
         return None
@@ -121,7 +127,10 @@ class Axes:
         if not leaves or leaves[0].parts is None:
             return [tuple(leaves)]
         rest = tuple(leaves[1:])
-        return [piece for part in leaves[0].parts for piece in self.segments((*part, *rest))]
+        pieces = [piece for part in leaves[0].parts for piece in self.segments((*part, *rest))]
+        if not rest:
+            leaves[0].parts = tuple(pieces)  # nested ones flattened, so that the depth stays small
+        return pieces
 
     @staticmethod
     def size(dim: Dim) -> Size:
@@ -176,7 +185,7 @@ class Axes:
             taken: list[Dim] = []
             while size != 0 and queue:
                 self.operations += 1
-                part = queue.popleft()
+                part = self._next(queue)
                 held = self.size(part)
                 if not isinstance(held, int) or not isinstance(size, int):
                     if held != size:
@@ -218,7 +227,10 @@ class Axes:
         return result
 
     def unify(self, one: Dim, two: Dim, reason: str) -> None:
-        """Both dimensions are cut alike; freezes both when they cannot be."""
+        """Both dimensions are cut alike; what does not fit is frozen.
+
+        Outer axes that fit stay aligned whatever lies inside, because the sizes of both are equal.
+        """
         if one == two:
             return
         left, right = deque(self.leaves(one)), deque(self.leaves(two))
@@ -230,6 +242,8 @@ class Axes:
                 right.extendleft(reversed(self.leaves((b,))))
             elif a.size == b.size:
                 if not self._same(a, b, reason):
+                    left.append(a)
+                    right.append(b)
                     break
             elif self._split(a, b.size):
                 left.extendleft(reversed(self.leaves((a,))))
@@ -239,12 +253,10 @@ class Axes:
                 left.appendleft(a)
             else:
                 left.append(a)
+                right.append(b)
                 break
-        else:
-            if not left and not right:
-                return
-        self.freeze(one, reason)
-        self.freeze(two, reason)
+        self.freeze(tuple(left), reason)
+        self.freeze(tuple(right), reason)
 
     # -- binding -------------------------------------------------------------------------------------------
 
@@ -260,7 +272,7 @@ class Axes:
         a.parent = b
         while left and right:
             self.operations += 1
-            one, two = left.popleft(), right.popleft()
+            one, two = self._next(left), self._next(right)
             size, other_size = self.size(one), self.size(two)
             if size != other_size:
                 if not isinstance(size, int) or not isinstance(other_size, int):
@@ -278,6 +290,12 @@ class Axes:
                     right.extendleft(reversed(rest))
             self.unify(one, two, reason)
         return True
+
+    def _next(self, queue: deque[Dim]) -> Dim:
+        """Take the first piece of a concatenation, which may have become one itself."""
+        first, *rest = self.segments(queue.popleft())
+        queue.extendleft(reversed(rest))
+        return first
 
     def _split(self, axis: Axis, outer: Size) -> bool:
         """Bind an axis to a product whose first factor has size ``outer``; False when that is impossible."""

@@ -7,6 +7,7 @@ does not know this call.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
@@ -37,7 +38,7 @@ _OTHERS = """
 _SUMS = "add sub rsub maximum minimum"
 
 
-def register(names: str) -> Any:
+def register(names: str) -> Callable[[Rule], Rule]:
     """Decorator: the rule of these ATen operators."""
 
     def add(rule: Rule) -> Rule:

@@ -219,8 +219,8 @@ def _size_read(typing: AxisTyping, node: fx.Node, name: str) -> None:
         for source in node.all_input_nodes:
             typing.freeze_all(source, f"{describe(node)} reads it")
         return
-    source, index = node.args[0], node.args[1]
-    dim = typing.of(source)[index]  # type: ignore[arg-type, index]
+    args: tuple[Any, ...] = node.args
+    dim = typing.of(args[0])[args[1]]
     typing.axes.freeze(dim, f"{describe(node)} reads its size")
 
 

@@ -44,9 +44,9 @@ class _Roles:
             kept = [dim for label, dim in dims.items() if label in made.kept]
             alone = len(dims) > len(batch)
             self.note(operand, kept, "produces" if alone else "scales")
-        for bias, dims in made.biases:
+        for bias, own in made.biases:
             if bias in self.typing.constant:
-                self.note(bias, dims, "produces")
+                self.note(bias, own, "produces")
 
     def sum(self, effect: Effect, products: set[fx.Node]) -> None:
         """A vector added to a product is its bias; rows looked up are computed by the table."""
@@ -85,6 +85,11 @@ def find_kinds(typing: AxisTyping, judgement: Judgement) -> dict[Axis, Kind]:
         constant = [operand in typing.constant for operand, _ in made.operands]
         if "conv" in op_name(made.node) or not made.kept:
             continue
+        for alone, (_, dims) in zip(constant, made.operands, strict=True):
+            if alone and len(dims) > 2:  # a stack of matrices
+                stack = next(iter(dims.values()))
+                for axis in judgement.atoms(stack):
+                    kinds.setdefault(axis, "experts")
         kind: Kind = "experts" if any(constant) else "heads"
         for dim in made.batch() if not all(constant) else ():
             for axis in judgement.atoms(dim):

@@ -44,8 +44,8 @@ def _double_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, st
     graph.output(graph.graph_copy(module.graph, twin))
     for old, new in twin.items():
         new.meta = dict(old.meta)
-        new.args = fx.node.map_aggregate(new.args, _dtype)  # type: ignore[assignment]
-        new.kwargs = fx.node.map_aggregate(new.kwargs, _dtype)  # type: ignore[assignment]
+        new.args = fx.node.map_aggregate(new.args, _dtype)
+        new.kwargs = fx.node.map_aggregate(new.kwargs, _dtype)
     copied = fx.GraphModule(module, graph)
     for name, child in list(copied.named_children()):
         if isinstance(child, fx.GraphModule):

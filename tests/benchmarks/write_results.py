@@ -174,6 +174,30 @@ def kernels(content: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def groups(content: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Channel groups",
+        "",
+        environment(content),
+        "",
+        "What the analysis finds in each graph. Random units of all groups were cut together and compared",
+        "with masking them in float64. Seconds are of the analysis, capture not counted; steps are the axes",
+        "it touched, which grow in proportion to the graph. Heads are cut whole: their channels are among",
+        "the frozen dimensions.",
+        "",
+        "| model | nodes | groups | frozen | most frequent reasons | seconds | steps | largest difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in content["models"].items():
+        found = ", ".join(f"{count} × {units}" for units, count in row["units"].items())
+        why = "; ".join(f"{reason} ({count})" for reason, count in list(row["reasons"].items())[:4])
+        lines.append(
+            f"| {name} | {row['nodes']} | {found or 'none'} | {row['frozen']} | {why} |"
+            f" {row['seconds']:.2f} | {row['steps']} | {row['largest difference']:.0e} |"
+        )
+    return [*lines, ""]
+
+
 def main() -> None:
     lines = [
         "# Results",
@@ -193,6 +217,9 @@ def main() -> None:
     path = RESULTS / "kernels.json"
     if path.exists():
         lines += kernels(json.loads(path.read_text(encoding="utf-8")))
+    path = RESULTS / "groups.json"
+    if path.exists():
+        lines += groups(json.loads(path.read_text(encoding="utf-8")))
     PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
