@@ -232,7 +232,7 @@ class _Run:
     def _run_pass(self, position: int, item: Pass, reporter: Reporter, current: Round | None = None) -> None:
         before = self.state.copy()
         data = self.data
-        feed = Feed(None if data is None else lambda: Walk(self.plan, data.flat()))
+        feed = Feed(None if data is None else partial(Walk, self.plan, data.flat()))
         self.groups = {} if current is None else current.groups
         lossy = self.verify == "each" and not item.preserves_function and self.shown is not None
         audit = (

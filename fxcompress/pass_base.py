@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -29,6 +29,7 @@ class Statistics(Protocol):
     mean: Tensor  # [K]
     mean_abs: Tensor  # [K]
     second_moment: Tensor  # [K]: E[x²]
+    variance: Tensor  # [K]: E[(x − mean)²]
 
     @property
     def gram(self) -> Tensor:
@@ -115,6 +116,47 @@ class BlockContext(Protocol):
         ...
 
 
+class WholeModel(Protocol):
+    """The whole model on calibration data: its loss, without some blocks, and the gradients."""
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the loss is the mean negative log-likelihood of the next token.
+
+        It is when the model is causal (found by running it) and gives a score for every token. Else the
+        outputs themselves are asked: how much they change, and how sensitive they are.
+        """
+        ...
+
+    def value(self) -> float:
+        """The loss of the model as it is; 0 when it predicts no tokens."""
+        ...
+
+    def without_each(self, names: Sequence[str]) -> list[float]:
+        """The loss (or relative change of the outputs) without the block that owns each parameter."""
+        ...
+
+    def streams(self) -> list[tuple[Tensor, Tensor] | None]:
+        """What enters and leaves each block, ``[tokens, width]``; None for blocks that cannot be removed."""
+        ...
+
+    def gradients(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Each batch's gradient of the loss with respect to parameters: every name once per batch."""
+        ...
+
+
+class CutModel(Protocol):
+    """What the model would cost with fewer units."""
+
+    def of(self, kept: Mapping[str, int]) -> Cost:
+        """Exact parameters and operations when groups keep some number of units; others stay whole."""
+        ...
+
+    def latency(self, kept: Mapping[str, int], tokens: int, balance: float) -> float:
+        """Modelled time of one call, in operations: see :class:`fxcompress.structure.cut_cost.CutCost`."""
+        ...
+
+
 class ModelContext(Protocol):
     """What a structural pass sees of the whole model when it decides. All tensors are read only."""
 
@@ -126,6 +168,15 @@ class ModelContext(Protocol):
     generator: torch.Generator  # seeded per (run seed, pass, round)
     cost: Cost  # parameters and operations of the model as it is now
     first_cost: Cost  # as it was before the first round of this pass
+
+    @property
+    def cut_cost(self) -> CutModel:
+        """What the model would cost with fewer units."""
+        ...
+
+    def whole(self, samples: int | None = None) -> WholeModel:
+        """The whole model on ``samples`` calibration batches, spread evenly; None uses all."""
+        ...
 
     def weight(self, name: str) -> Tensor:
         """Current dense tensor of a parameter (see CompressionState.weight)."""
@@ -190,10 +241,9 @@ class StructuralPass(Pass):
 
     A round has three steps. :meth:`choose` sees the whole model and decides. :meth:`solve` goes through the
     blocks and carries out what was decided for each: its units are masked (zeroed) when it yields
-        ``KeepUnits``, so
-    what it measures before is uncut, what later blocks measure is what the cut model gives them, and
-    it may yield ``SetTensor`` to make up for the loss. Then the manager cuts the masked units out, proves
-    that this changes nothing, and everything that follows sees the smaller model.
+    ``KeepUnits``, so what it measures before is uncut, what later blocks measure is what the cut model gives
+    them, and it may yield ``SetTensor`` to make up for the loss. Then the manager cuts the masked units out,
+    proves that this changes nothing, and everything that follows sees the smaller model.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"cut-structure"})

@@ -34,6 +34,7 @@ PASS_GROUP = "fxcompress.passes"
 BACKEND_GROUP = "fxcompress.backends"
 
 BUILTIN_PASSES: dict[str, str] = {
+    "remove-blocks": "fxcompress.passes.remove_blocks:RemoveBlocks",
     "prune-channels": "fxcompress.passes.prune_channels:PruneChannels",
     "smooth-activations": "fxcompress.passes.smooth_activations:SmoothActivations",
     "suppress-outliers": "fxcompress.passes.suppress_outliers:SuppressOutliers",

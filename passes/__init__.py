@@ -14,9 +14,11 @@ from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.insert_quant_dequant import InsertQuantDequant
 from fxcompress.passes.layer_distill import LayerDistill
+from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_codebook import QuantizeCodebook
 from fxcompress.passes.quantize_weights import QuantizeWeights
+from fxcompress.passes.remove_blocks import RemoveBlocks
 from fxcompress.passes.reorder_channels import ReorderChannels
 from fxcompress.passes.smooth_activations import SmoothActivations
 from fxcompress.passes.split_outlier_features import SplitOutlierFeatures
@@ -30,9 +32,11 @@ __all__ = [
     "Gptq",
     "InsertQuantDequant",
     "LayerDistill",
+    "PruneChannels",
     "QuantizeActivations",
     "QuantizeCodebook",
     "QuantizeWeights",
+    "RemoveBlocks",
     "ReorderChannels",
     "SmoothActivations",
     "SplitOutlierFeatures",

@@ -31,12 +31,13 @@ class Feed:
     looks at every block and one in which it looks at the last block alone all see the same numbers.
 
     Args:
-        make_walk: Starts a walk at the program's inputs; None when there are no data.
+        make_walk: Starts a walk at the program's inputs, taking the options of :class:`Walk`; None when there
+            are no data.
         finished: States in which blocks were left before the pass began.
     """
 
     def __init__(
-        self, make_walk: Callable[[], Walk] | None, finished: Sequence[CompressionState] = ()
+        self, make_walk: Callable[..., Walk] | None, finished: Sequence[CompressionState] = ()
     ) -> None:
         self._make_walk = make_walk
         self._walk: Walk | None = None
@@ -46,8 +47,12 @@ class Feed:
         """Remember the state in which a block was left."""
         self._finished.append(state.copy())
 
-    def walk_at(self, index: int, asked_by: str) -> Walk:
-        """The walk, at block ``index``.
+    def start(self, asked_by: str, **options: bool) -> Walk:
+        """A new walk at the program's inputs.
+
+        Args:
+            asked_by: For messages.
+            options: Of :class:`Walk`.
 
         Raises:
             CalibrationError: there are no calibration data.
@@ -57,8 +62,16 @@ class Feed:
                 f"{asked_by}: activations were asked for, but there are no calibration data.",
                 fix="pass calibration=….",
             )
+        return self._make_walk(**options)
+
+    def walk_at(self, index: int, asked_by: str) -> Walk:
+        """The walk, at block ``index``.
+
+        Raises:
+            CalibrationError: there are no calibration data.
+        """
         if self._walk is None:
-            self._walk = self._make_walk()
+            self._walk = self.start(asked_by)
         while self._walk.position < index:
             state = self._finished[self._walk.position]
             assert state is not None

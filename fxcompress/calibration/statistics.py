@@ -118,6 +118,12 @@ class ActivationStatistics:
         return (self._have(self._sums)[2] / self.count).to(torch.float32)
 
     @property
+    def variance(self) -> Tensor:
+        """``[K]`` float32: E[(x − E[x])²], of the population; computed in float64."""
+        first, _, second = self._have(self._sums) / self.count
+        return (second - first.square()).clamp_min(0).to(torch.float32)
+
+    @property
     def gram(self) -> Tensor:
         """``[K, K]`` float32: Σ x xᵀ / T.
 

@@ -328,10 +328,15 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _clone_values(values: Mapping[fx.Node, Any]) -> Values:
-    """Copy every storage once, so that in-place ops of the graph cannot reach what the walk keeps."""
+    """Copy every storage once, so that in-place ops of the graph cannot reach what the walk keeps.
+
+    Tensors that gradients are asked for are copied by themselves, which keeps the gradients.
+    """
     storages: dict[int, torch.UntypedStorage] = {}
 
     def copy(value: Tensor) -> Tensor:
+        if value.requires_grad and torch.is_grad_enabled():
+            return value.clone()
         old = value.untyped_storage()
         if old.data_ptr() not in storages:
             storages[old.data_ptr()] = old.clone()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -18,9 +18,12 @@ from torch import Tensor, fx
 from fxcompress.analysis.blocks import Block, find_blocks
 from fxcompress.capture.program import Program
 
-__all__ = ["Cost", "cost_of"]
+__all__ = ["Cost", "Sizes", "captured_sizes", "cost_of", "flops_of"]
 
 aten = torch.ops.aten
+
+Sizes: TypeAlias = Callable[[Any], list[int]]
+"""Node → sizes of its (first) value."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,21 @@ def cost_of(program: Program, blocks: Sequence[Block] | None = None) -> Cost:
     )
 
 
-def flops_of(node: fx.Node) -> int:
-    """Operations of one node; 0 for what is no product."""
+def captured_sizes(node: Any) -> list[int]:
+    """Sizes of a node's (first) value in the capture's example."""
+    value = node.meta["val"]
+    return _sizes(value[0] if isinstance(value, tuple | list) else value)
+
+
+def flops_of(node: fx.Node, sizes: Sizes = captured_sizes) -> int:
+    """Operations of one node; 0 for what is no product.
+
+    Args:
+        node: Any node of the graph.
+        sizes: Of the values. Default: those of the capture's example.
+    """
     count = _COUNTS.get(node.target)
-    return 0 if count is None else count(node)
+    return 0 if count is None else count(node, sizes)
 
 
 def _tokens(program: Program) -> int:
@@ -126,53 +140,40 @@ def _number(size: int | torch.SymInt) -> int:
     return 1 if hint is None else int(hint)
 
 
-def _value(argument: Any) -> Tensor:
-    value = argument.meta["val"]
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _out(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return math.prod(_sizes(value[0] if isinstance(value, tuple | list) else value))
-
-
-def _product(first: int, dim: int) -> Callable[[fx.Node], int]:
+def _product(first: int, dim: int) -> Callable[[fx.Node, Sizes], int]:
     """Operations of a product whose operand at ``first`` is contracted along ``dim``."""
 
-    def count(node: fx.Node) -> int:
-        return 2 * _out(node) * _sizes(_value(node.args[first]))[dim]
+    def count(node: fx.Node, sizes: Sizes) -> int:
+        return 2 * math.prod(sizes(node)) * sizes(node.args[first])[dim]
 
     return count
 
 
-def _convolution(node: fx.Node) -> int:
-    weight = _sizes(_value(node.args[1]))
-    return 2 * _out(node) * math.prod(weight[1:])
+def _convolution(node: fx.Node, sizes: Sizes) -> int:
+    return 2 * math.prod(sizes(node)) * math.prod(sizes(node.args[1])[1:])
 
 
-def _transposed(node: fx.Node) -> int:
-    weight = _sizes(_value(node.args[1]))
-    return 2 * math.prod(_sizes(_value(node.args[0]))) * math.prod(weight[1:])
+def _transposed(node: fx.Node, sizes: Sizes) -> int:
+    return 2 * math.prod(sizes(node.args[0])) * math.prod(sizes(node.args[1])[1:])
 
 
-def _attention(node: fx.Node) -> int:
-    query, key, value = (_sizes(_value(argument)) for argument in node.args[:3])
+def _attention(node: fx.Node, sizes: Sizes) -> int:
+    query, key, value = (sizes(argument) for argument in node.args[:3])
     pairs = math.prod(query[:-1]) * key[-2]
     return 2 * pairs * (query[-1] + value[-1])
 
 
-def _einsum(node: fx.Node) -> int:
+def _einsum(node: fx.Node, sizes: Sizes) -> int:
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     size: dict[str, int] = {}
     for term, operand in zip(equation.split("->")[0].split(","), operands, strict=True):  # type: ignore[arg-type]
         if "." in term:
-            return 2 * _out(node)
-        size.update(zip(term, _sizes(_value(operand)), strict=True))
+            return 2 * math.prod(sizes(node))
+        size.update(zip(term, sizes(operand), strict=True))
     return 2 * math.prod(size.values())
 
 
-_COUNTS: Mapping[Any, Callable[[fx.Node], int]] = {
+_COUNTS: Mapping[Any, Callable[[fx.Node, Sizes], int]] = {
     aten.linear.default: _product(0, -1),
     aten.matmul.default: _product(0, -1),
     aten.mm.default: _product(0, -1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ from fxcompress.analysis.channel_group import ChannelGroup
 from fxcompress.analysis.channel_groups import find_channel_groups
 from fxcompress.calibration.context import Context, Feed
 from fxcompress.calibration.inputs import CalibrationData
+from fxcompress.calibration.model_loss import ModelLoss
 from fxcompress.calibration.plan import Plan
 from fxcompress.edits import CompressionState, Edit, KeepUnits, Refuse, RemoveBlock, StructuralEdit
 from fxcompress.errors import RecipeError, told_where
 from fxcompress.pass_base import StructuralPass
 from fxcompress.structure.commit import Committed, check_forms, check_structural, commit, prove_cut
 from fxcompress.structure.cost import Cost, cost_of
+from fxcompress.structure.cut_cost import CutCost
 from fxcompress.structure.removal import block_of, find_removal
 
 __all__ = ["Model", "Round"]
@@ -29,10 +32,11 @@ class Model:
     Args:
         current: The round.
         blocks: The model's blocks, in graph order.
+        feed: Where activations come from.
         seed: Of :attr:`generator`.
     """
 
-    def __init__(self, current: Round, blocks: Sequence[Context], seed: int) -> None:
+    def __init__(self, current: Round, blocks: Sequence[Context], feed: Feed, seed: int) -> None:
         self.program = current.plan.program
         self.state = current.state
         self.round = current.number
@@ -40,7 +44,8 @@ class Model:
         self.blocks = blocks
         self.generator = torch.Generator().manual_seed(seed)
         self.cost, self.first_cost = current.cost, current.first_cost
-        self._plan = current.plan
+        self._plan, self._feed, self._seed = current.plan, feed, seed
+        self._name, self._found = current.item.name, current.found
 
     def weight(self, name: str) -> Tensor:
         """Current dense tensor of a parameter; read only."""
@@ -50,6 +55,27 @@ class Model:
         """Why a block cannot be removed; empty when it can."""
         found = find_removal(self.program, self._plan.blocks, index)
         return found if isinstance(found, str) else ""
+
+    def whole(self, samples: int | None = None) -> ModelLoss:
+        """The model as a whole on calibration data.
+
+        Raises:
+            CalibrationError: there are no calibration data.
+        """
+        asked_by = f"pass {self._name!r}"
+        self._feed.start(asked_by)
+        return ModelLoss(
+            self._plan,
+            self.state,
+            lambda double: self._feed.start(asked_by, double=double),
+            samples,
+            self._seed,
+        )
+
+    @functools.cached_property
+    def cut_cost(self) -> CutCost:
+        """What the model would cost with fewer units."""
+        return CutCost(self.program, self._plan.blocks, self._found)
 
 
 class Round:
@@ -63,7 +89,8 @@ class Round:
         first_cost: What the model cost before the first round; None in the first.
 
     Attributes:
-        groups: The program's channel groups by name.
+        found: The program's channel groups.
+        groups: The same by name.
         decisions: Structural edits by block, once decided.
         checks: Report entries of the proof.
         committed: The cut model, None before the end or when nothing was cut.
@@ -75,8 +102,8 @@ class Round:
     ) -> None:
         check_forms(state, item.name)
         self.plan, self.state, self.item, self.number = plan, state, item, number
-        self._found = find_channel_groups(plan.program)
-        self.groups = {group.name: group for group in (*self._found.groups, *self._found.frozen)}
+        self.found = find_channel_groups(plan.program)
+        self.groups = {group.name: group for group in (*self.found.groups, *self.found.frozen)}
         self.cost = cost_of(plan.program, plan.blocks)
         self.first_cost = first_cost or self.cost
         self.decisions: dict[int, list[StructuralEdit]] = {}
@@ -93,7 +120,7 @@ class Round:
         ]
         with torch.random.fork_rng(devices=[]), torch.no_grad(), told_where(f"pass {name!r}"):
             torch.manual_seed(seed)
-            yield from self.item.choose(Model(self, blocks, seed))
+            yield from self.item.choose(Model(self, blocks, feed, seed))
 
     def decide(self, edits: Sequence[Edit]) -> list[Refuse]:
         """Take the decisions, block by block; returns the refusals among them.
@@ -140,7 +167,7 @@ class Round:
         """
         if not state.kept and not state.removed:
             return None
-        self.committed = commit(self.plan, state, self._found)
+        self.committed = commit(self.plan, state, self.found)
         self.new_plan = Plan(self.committed.program)
         if sample is not None:
             self.checks.append(

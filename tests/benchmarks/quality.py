@@ -86,17 +86,18 @@ def measure(
             data[source] = as_calibration(batches, program, samples=len(batches))
         result = run_recipe(program, recipe, data.get(source or ""), verify="off")
         seconds = time.perf_counter() - started
-        found = {kind: perplexity(plan, result.state, rows) for kind, rows in texts.items()}
+        small = Plan(result.program)
+        found = {kind: perplexity(small, result.state, rows) for kind, rows in texts.items()}
         change = {kind: 100 * (found[kind] / base[kind] - 1) for kind in found}
-        yield (
-            name,
-            {
-                "perplexity": found,
-                "change %": change,
-                "seconds": round(seconds),
-                "totals": result.report.totals,
-            },
-        )
+        row = {
+            "perplexity": found,
+            "change %": change,
+            "seconds": round(seconds),
+            "totals": result.report.totals,
+        }
+        if result.report.structure:
+            row["structure"] = {when: result.report.structure[when] for when in ("before", "after")}
+        yield name, row
 
 
 def main() -> None:

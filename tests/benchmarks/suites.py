@@ -1,4 +1,4 @@
-"""What the quality measurements compare: recipes by name, in two suites."""
+"""What the quality measurements compare: recipes by name, in suites."""
 
 from __future__ import annotations
 
@@ -101,4 +101,41 @@ def activation_cases() -> dict[str, Case]:
     return found
 
 
-SUITES: dict[str, dict[str, Case]] = {"quality": WEIGHTS, "activations": activation_cases()}
+def structured_cases() -> dict[str, Case]:
+    """Fewer block parameters by every method, as they are and with what reads the cut units refitted.
+
+    Channels of feed-forward layers compete within each layer, FLAP's over all layers; heads stay, of which the
+    model has too few to choose from. Blocks are removed to the nearest number of whole blocks.
+    """
+    found: dict[str, Case] = {}
+    methods = {
+        "magnitude": {"importance": "l1"},
+        "Wanda": {"importance": "wanda"},
+        "Taylor": {"importance": "taylor"},
+        "FLAP": {"importance": "flap", "max_amount": 0.9},
+    }
+    for percent in (10, 20, 30):
+        budget = {"amount": percent / 100, "target": "block-parameters"}
+        for method, options in methods.items():
+            for recover in (False, True):
+                cut = {"prune-channels": {**budget, **options, "recover": recover}}
+                label = f"{method}{', refitted' if recover else ''}, {percent} %"
+                found[label] = ([cut], DOCUMENTATION)
+        for criterion in ("perplexity", "taylor", "angular"):
+            ends = {"protect_first": 4, "protect_last": 2} if criterion == "taylor" else {}
+            drop = {"remove-blocks": {"amount": percent / 100, "criterion": criterion, **ends}}
+            found[f"blocks by {criterion}, {percent} %"] = ([drop], DOCUMENTATION)
+    four_bit = gptq(64, {"prune-channels": {"amount": 0.2, "target": "block-parameters", **FLAP}})
+    found["FLAP, refitted, 20 %, then 4-bit GPTQ"] = (four_bit, DOCUMENTATION)
+    eight_bit = both((8, 8), {"prune-channels": {"amount": 0.2, "target": "block-parameters", **FLAP}})
+    found["FLAP, refitted, 20 %, then w8a8"] = (eight_bit, DOCUMENTATION)
+    return found
+
+
+FLAP = {"importance": "flap", "max_amount": 0.9, "recover": True}
+
+SUITES: dict[str, dict[str, Case]] = {
+    "quality": WEIGHTS,
+    "activations": activation_cases(),
+    "structured": structured_cases(),
+}
