@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxcompress.analysis.blocks import Block, find_blocks
 from fxcompress.apply import AppliedGraph
+from fxcompress.backends.cpu.experts import weight_of_experts
 from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.lowering import (
     DEQUANTIZE,
@@ -109,7 +110,8 @@ class RegionCompiler:
     def _explain(self, block: Block, compiled: _Compiled) -> None:
         """Note the kernel of every weight of the block, whether compiled here or for an equal one."""
         for index, text in compiled.choices.items():
-            weight = weight_of_linear(block.nodes[index])
+            node = block.nodes[index]
+            weight = weight_of_linear(node) or weight_of_experts(node, DEQUANTIZE)
             if weight is not None:
                 self.choices[self.applied.dequantized[weight]] = text
         for node in block.nodes:
@@ -213,6 +215,7 @@ def translate(plan: Plan, node_map: Mapping[fx.Node, fx.Node]) -> Plan:
         codes={node_map[node]: position for node, position in plan.codes.items()},
         specs={node_map[node]: spec for node, spec in plan.specs.items()},
         embeddings={node_map[node]: position for node, position in plan.embeddings.items()},
+        experts={node_map[node]: experts for node, experts in plan.experts.items()},
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from fxcompress.backends.cpu import attention
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel
+from fxcompress.backends.cpu.experts import ExpertsPlan, plan_experts, run_experts, weight_of_experts
 from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.layouts import Layout
 from fxcompress.backends.cpu.selection import choose_embedding, choose_kernel, this_machine
@@ -28,6 +29,7 @@ ops = torch.ops.fxcompress
 DEQUANTIZE = (ops.dequantize_weight.default, ops.dequantize_codebook.default)
 EMBEDDINGS = (ops.quantized_embedding.default, ops.codebook_embedding.default)
 """Operators whose packed weights kernels read."""
+_REARRANGE = (aten.t.default, aten.transpose.int, aten.mT.default)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Plan:
         codes: Linear → position of its codes among the block inputs.
         specs: First linear → spec.
         embeddings: Embedding node → its kernel, the table, and the position of its codes.
-        choices: Text per linear, for explanations.
+        experts: Product with several matrices → its plan.
+        choices: Text per linear or such product, for explanations.
     """
 
     kernels: dict[fx.Node, Kernel] = field(default_factory=dict)
@@ -73,6 +76,7 @@ class Plan:
     codes: dict[fx.Node, int] = field(default_factory=dict)
     specs: dict[fx.Node, LinearSpec] = field(default_factory=dict)
     embeddings: dict[fx.Node, EmbeddingPlan] = field(default_factory=dict)
+    experts: dict[fx.Node, ExpertsPlan] = field(default_factory=dict)
     choices: dict[fx.Node, str] = field(default_factory=dict)
 
 
@@ -117,6 +121,7 @@ def make_plan(
             plan.members[node] = (first, index)
             plan.codes[node] = position[_dequantize_of(node).codes]
     _plan_embeddings(plan, nodes, position)
+    _plan_experts(plan, nodes, position)
     return plan
 
 
@@ -160,24 +165,29 @@ def _group_spec(group: Sequence[fx.Node]) -> LinearSpec | None:
         if weight.batch_dims != 0 or len(weight.shape) != 2:
             return None
         rows += int(weight.shape[weight.perm[0]])
-        x = node.args[0]
-        assert isinstance(x, fx.Node)
-        activation, activation_bits = _activation(x)
         dequantize = weight_of_linear(node)
-        table = _table_kind(dequantize.target if dequantize is not None else None, weight.second)
-        spec = LinearSpec(
-            bits=weight.bits,
-            symmetric=table is not None or weight.third is None,
-            group_size=weight.group_size,
-            rows=rows,
-            columns=int(weight.shape[weight.perm[1]]),
-            activation=activation,
-            activation_bits=activation_bits,
-            tokens=_tokens(node),
-            dtype=weight.dtype,
-            table=table,
-        )
+        assert dequantize is not None
+        spec = replace(_spec_of(dequantize, cast("fx.Node", node.args[0]), _tokens(node)), rows=rows)
     return spec
+
+
+def _spec_of(dequantize: fx.Node, x: fx.Node, tokens: int | None) -> LinearSpec:
+    """The spec of a product of ``x`` with what a node dequantizes, or with one of its matrices."""
+    weight = _Dequantize(*cast("tuple[Any, ...]", dequantize.args))
+    activation, activation_bits = _activation(x)
+    table = _table_kind(dequantize.target, weight.second)
+    return LinearSpec(
+        bits=weight.bits,
+        symmetric=table is not None or weight.third is None,
+        group_size=weight.group_size,
+        rows=int(weight.shape[weight.perm[-2]]),
+        columns=int(weight.shape[weight.perm[-1]]),
+        activation=activation,
+        activation_bits=activation_bits,
+        tokens=tokens,
+        dtype=weight.dtype,
+        table=table,
+    )
 
 
 def _table_kind(target: Any, second: fx.Node) -> str | None:
@@ -244,6 +254,21 @@ def _plan_embeddings(plan: Plan, nodes: Sequence[fx.Node], position: Mapping[fx.
             plan.embeddings[node] = EmbeddingPlan(kernel, spec, position[codes])
 
 
+def _plan_experts(plan: Plan, nodes: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> None:
+    for node in nodes:
+        dequantize = weight_of_experts(node, DEQUANTIZE)
+        if dequantize is None or dequantize.args[0] not in position:
+            continue
+        weight = _Dequantize(*cast("tuple[Any, ...]", dequantize.args))
+        found, plan.choices[node] = plan_experts(
+            _spec_of(dequantize, cast("fx.Node", node.args[0]), None),
+            position[weight.codes],
+            this_machine().isa,
+        )
+        if found is not None:
+            plan.experts[node] = found
+
+
 def _table_rows(codes: fx.Node) -> int:
     return int(codes.meta["val"].shape[1])
 
@@ -262,13 +287,17 @@ class LoweringInterpreter(fx.Interpreter):
         """Kernels for planned nodes, the original op for others; planned weights are never dequantized."""
         if n in self.plan.members:
             return self._linear(n)
+        if n in self.plan.experts:
+            plan, x = self.plan.experts[n], cast("fx.Node", n.args[0])
+            packed = self._packed(plan.layout, (plan.position,))
+            return run_experts(plan, n, self._value(x), self._quantized(x), packed, self._argument)
         if n in self.plan.embeddings:
             return self._embedding(n)
         attended = attention.lower(n, self._argument, self.isa)
         if attended is not None:
             return attended
         if (
-            n.target in (*DEQUANTIZE, aten.t.default)
+            n.target in (*DEQUANTIZE, *_REARRANGE)
             and n.users
             and all(self._only_planned(user) for user in n.users)
         ):
@@ -279,9 +308,9 @@ class LoweringInterpreter(fx.Interpreter):
         return fx.node.map_arg(argument, lambda node: self.env[node])
 
     def _only_planned(self, user: fx.Node) -> bool:
-        if user in self.plan.members:
+        if user in self.plan.members or user in self.plan.experts:
             return True
-        return user.target is aten.t.default and all(second in self.plan.members for second in user.users)
+        return user.target in _REARRANGE and bool(user.users) and all(map(self._only_planned, user.users))
 
     def _linear(self, node: fx.Node) -> Tensor:
         first, index = self.plan.members[node]
@@ -348,4 +377,5 @@ def needed_layouts(plan: Plan) -> list[tuple[Layout, tuple[int, ...]]]:
         for first, kernel in plan.kernels.items()
     ]
     needed += [(embedding.kernel.layout, (embedding.position,)) for embedding in plan.embeddings.values()]
+    needed += [(experts.layout, (experts.position,)) for experts in plan.experts.values()]
     return list(dict.fromkeys(needed))

@@ -1,6 +1,7 @@
 """The operators ``fxcompress_cpu::*``: generated kernels as torch sees them.
 
     fxcompress_cpu::linear     product of [..., K] activations with a tiled weight
+    fxcompress_cpu::experts    products of consecutive rows with a tiled weight each
     fxcompress_cpu::embedding  rows of a tiled table
     fxcompress_cpu::dense      a tiled weight dequantized, [K, rows]
     fxcompress_cpu::attend     attention, key heads shared by query heads
@@ -42,6 +43,8 @@ _LIBRARY = torch.library.Library("fxcompress_cpu", "DEF")
 _SCHEMAS = (
     "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor total, Tensor? bias,"
     " Tensor? act_scale, Tensor? act_zero, int form) -> Tensor",
+    "experts(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor total, Tensor ends,"
+    " Tensor? act_scale, Tensor? act_zero, int form) -> Tensor",
     "embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero, Tensor total, int columns,"
     " int form) -> Tensor",
     "dense(Tensor weight, Tensor scale, Tensor? zero, int columns, int form) -> Tensor",
@@ -64,6 +67,20 @@ def _fake_linear(
     form: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], total.shape[0]), dtype=output_dtype(form))
+
+
+def _fake_experts(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [E, …]
+    scale: Tensor,
+    zero: Tensor | None,
+    total: Tensor,  # [E, N]
+    ends: Tensor,  # [E]
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    form: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], total.shape[1]), dtype=output_dtype(form))
 
 
 def _fake_embedding(
@@ -98,6 +115,7 @@ def _fake_attend(
 
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "linear": _fake_linear,
+    "experts": _fake_experts,
     "embedding": _fake_embedding,
     "dense": _fake_dense,
     "attend": _fake_attend,
@@ -281,6 +299,29 @@ def python_linear(
     return out
 
 
+def python_experts(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    total: Tensor,
+    ends: Tensor,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    form: int,
+) -> Tensor:
+    """``fxcompress_cpu::experts``, an expert at a time."""
+    out = x.new_zeros((x.shape[0], total.shape[1]), dtype=output_dtype(form))
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            offset = None if zero is None else zero[expert]
+            parts = weight[expert], scale[expert], offset, total[expert], None, act_scale, act_zero
+            out[start:end] = python_linear(x[start:end], *parts, form)
+        start = max(start, int(end))
+    return out
+
+
 def python_embedding(
     indices: Tensor,
     weight: Tensor,
@@ -330,6 +371,7 @@ def python_attend(
 
 _PYTHON: dict[str, Callable[..., Tensor]] = {
     "linear": python_linear,
+    "experts": python_experts,
     "embedding": python_embedding,
     "dense": python_dense,
     "attend": python_attend,

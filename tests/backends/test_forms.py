@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fxcompress
 from tests.passes.models import Attention
@@ -48,3 +49,31 @@ def test_compiled_like_the_reference(name: str) -> None:
     assert set(explained) == {f"{n}.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")}
     floating = [text for text in explained.values() if "dequantize_float_weight" in text]
     assert len(floating) == (7 if name.startswith("fp8") else 0)
+
+
+class LowRank(nn.Module):
+    """A product beside a pair of narrow ones, every factor a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.down, self.up = nn.Linear(64, 48), nn.Linear(64, 4, bias=False), nn.Linear(4, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.main(x) + self.up(self.down(x))
+        return y
+
+
+@pytest.mark.parametrize("quantized", [("main",), ("main", "down", "up")])
+def test_a_low_rank_pair_beside_a_product(quantized: tuple[str, ...]) -> None:
+    x = torch.randn(3, 64)
+    include = tuple(f"{name}.weight" for name in quantized)
+    recipe = [
+        {"quantize-weights": {"bits": 4, "group_size": 4, "include": include, "head_bits": 4}},
+    ]
+    small = fxcompress.compress(LowRank().eval(), recipe, example_inputs=(x,), progress=False, verify="off")
+    compiled = small(x)
+    explained = small.explain()
+    assert set(explained) == set(include)
+    assert all(text.startswith("generated") for text in explained.values())
+    small.set_backend("eager")
+    torch.testing.assert_close(compiled, small(x), rtol=1e-4, atol=1e-4)
