@@ -118,7 +118,7 @@ class CachedDecoder:
     def trials(self) -> list[tuple[str, list[Any]]]:
         """Calls of the kinds that a generator makes, padding included."""
         ids = self.example[0]
-        found = []
+        found = [("example inputs", self.example)]
         for name, past, tokens, padding in (
             ("prompt", 0, ids.shape[1], 0),
             ("decode step", 7, 1, 0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxcompress.capture.program import Program
 
-__all__ = ["random_like", "resized", "tensor_inputs"]
+__all__ = ["random_like", "resized", "standard_trials", "tensor_inputs"]
 
 
 def tensor_inputs(program: Program, flat: Sequence[Any]) -> dict[str, Tensor]:
@@ -66,6 +66,11 @@ def _extended(value: Tensor, dim: int, size: int) -> Tensor:
     return value.index_select(dim, torch.arange(size) % value.shape[dim])
 
 
-def by_name(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Feeds of a session: ONNX name → array."""
-    return {names[key]: value.detach().cpu().contiguous().numpy() for key, value in tensors.items()}
+def standard_trials(program: Program, example: Sequence[Any]) -> list[tuple[str, Sequence[Any]]]:
+    """The example, other values of the same sizes, and other sizes where there are dynamic ones."""
+    trials: list[tuple[str, Sequence[Any]]] = [
+        ("example inputs", example),
+        ("random inputs", random_like(example, seed=1)),
+    ]
+    other = resized(program, example)
+    return trials if other is None else [*trials, ("other sizes", other)]

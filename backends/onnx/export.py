@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxcompress.apply import AppliedGraph, apply_state
 from fxcompress.backends.onnx import parity as check
-from fxcompress.backends.onnx.example_inputs import random_like, resized, tensor_inputs
+from fxcompress.backends.onnx.example_inputs import standard_trials, tensor_inputs
 from fxcompress.backends.onnx.lowering import lower
 from fxcompress.backends.onnx.products import FLOAT_ACCURACY, INT8_ACCURACY
 from fxcompress.backends.onnx.report import OnnxReport, Parity
@@ -91,7 +91,7 @@ def export_program(
     path: str | Path,
     example: Sequence[Any],
     *,
-    trials: Sequence[tuple[str, Sequence[Any]]] = (),
+    trials: Sequence[tuple[str, Sequence[Any]]] | None = None,
     signature: Signature | None = None,
     options: Options | None = None,
     beside: Callable[[Path], None] | None = None,
@@ -103,7 +103,8 @@ def export_program(
         state: The forms of its weights.
         path: The ``.onnx`` file to write.
         example: One value per flat input of the program.
-        trials: Further inputs to check the result on, each with a name.
+        trials: Flat inputs to check the result on, each with a name. Default: the example, random values,
+            other sizes.
         signature: Names; by default those of the program's inputs, ``output_0`` … for the outputs.
         options: See :class:`Options`.
         beside: Writes further files into the folder it is given; they are published with the model.
@@ -130,7 +131,7 @@ def export_program(
             dimensions=signature.dimensions,
         )
         checker = _Checker(program, state, reference, translated, signature, options)
-        report = checker.accept(folder / destination.name, _trials(program, example, trials))
+        report = checker.accept(folder / destination.name, trials or standard_trials(program, example))
         if beside is not None:
             beside(folder)
         files = publish(folder, destination)
@@ -145,19 +146,6 @@ def export_program(
         representation=lowered.representation,
         files=tuple(files),
     )
-
-
-def _trials(
-    program: Program, example: Sequence[Any], given: Sequence[tuple[str, Sequence[Any]]]
-) -> list[tuple[str, Sequence[Any]]]:
-    trials: list[tuple[str, Sequence[Any]]] = [
-        ("example inputs", example),
-        ("random inputs", random_like(example, seed=1)),
-    ]
-    other = resized(program, example)
-    if other is not None:
-        trials.append(("other sizes", other))
-    return [*trials, *given]
 
 
 def _complete(

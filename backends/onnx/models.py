@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.backends.onnx.decoders import CachedDecoder, write_generation_files
+from fxcompress.backends.onnx.example_inputs import standard_trials
 from fxcompress.backends.onnx.export import Options, Signature, export_program, uncompiled
 from fxcompress.backends.onnx.report import OnnxReport
 from fxcompress.backends.onnx.saving import check_destination
@@ -58,12 +59,13 @@ def export_model(
         (f"calibration inputs {index}", _flat(program, module, inputs))
         for index, inputs in enumerate(calibration)
     ]
+    flat = _of_two(flatten_call(program, args, kwargs))
     return export_program(
         program,
         state_of(model),
         path,
-        _of_two(flatten_call(program, args, kwargs)),
-        trials=further,
+        flat,
+        trials=[*standard_trials(program, flat), *further],
         signature=_signature(program),
         options=chosen,
     )

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import optimizer
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fxcompress.backends.onnx.rewriting import Lowered
@@ -121,16 +121,10 @@ def _export(lowered: Lowered, example: Sequence[Any]) -> ExportedProgram:
             f"the compressed graph cannot be exported: {lines[0]} At {user_line(error)}.",
             fix="make that line traceable by torch.export.",
         ) from error
-    _drop_guards(exported.graph_module)
+    # With example inputs at hand, torch puts a call that checks all sizes into every copy of the graph, which
+    # can be neither decomposed nor written.
+    exported.example_inputs = None
     return exported
-
-
-def _drop_guards(module: fx.GraphModule) -> None:
-    """Remove the call that checks sizes at run time: it cannot be decomposed, nor written."""
-    for node in list(module.graph.nodes):
-        if node.op == "call_module" and str(node.target).startswith("_guards"):
-            module.graph.erase_node(node)
-    module.recompile()
 
 
 @contextmanager
