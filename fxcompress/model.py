@@ -20,7 +20,7 @@ from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError, FxCompressError
 from fxcompress.ghost import contains_ghosts, ghost_copy, ghost_tag
 from fxcompress.pretrained import save_plain
-from fxcompress.registry import backend_class
+from fxcompress.registry import backend_class, exporter
 from fxcompress.report import Report
 from fxcompress.store import WeightStore
 
@@ -148,6 +148,57 @@ class CompressedModel:
             >>> AutoModelForCausalLM.from_pretrained("pruned")  # doctest: +SKIP
         """
         save_plain(self.artifact, path, self.tokenizer)
+
+    def export_onnx(
+        self,
+        path: str | Path,
+        *,
+        cache: bool = False,
+        opset: int = 21,
+        target: str = "onnxruntime",
+        external_data: bool | str = "auto",
+        example_inputs: Any | None = None,
+        calibration: Sequence[Any] = (),
+        overwrite: bool = False,
+    ) -> Any:
+        """Write an ONNX file that computes what this model computes, and check it in ONNX Runtime.
+
+        Quantized weights stay quantized: as ``MatMulNBits`` and ``GatherBlockQuantized``, between
+        ``QuantizeLinear`` and ``DequantizeLinear``, or as ``MatMulInteger``. Batch and sequence stay dynamic.
+
+        Args:
+            path: A new file that ends in ``.onnx``.
+            cache: For decoders: take and return keys and values of earlier tokens, and write the files that
+                generators read (``genai_config.json``, configuration, tokenizer) beside the model.
+            opset: Version of the ONNX standard, 21…24. Default 21.
+            target: ``"onnxruntime"`` (default) or ``"portable"``: only operators of the standard.
+            external_data: Weights in a file of their own: True, False or ``"auto"`` (default: from 2 GiB on).
+            example_inputs: One call of the model, as for :func:`fxcompress.compress`.
+            calibration: Further calls that the result is checked on.
+            overwrite: Replace an existing file.
+
+        Returns:
+            A report: errors against the reference on every set of inputs, size, kernels that ran.
+
+        Raises:
+            BackendError: onnx or onnxruntime is missing, something has no ONNX form, or ONNX Runtime computes
+                something else; the message names the first diverging node.
+            ArtifactError: the file cannot be written.
+
+        Example:
+            >>> print(small.export_onnx("model.onnx", cache=True))  # doctest: +SKIP
+        """
+        return exporter("onnx")(
+            self,
+            path,
+            cache=cache,
+            opset=opset,
+            target=target,
+            external_data=external_data,
+            example_inputs=example_inputs,
+            calibration=calibration,
+            overwrite=overwrite,
+        )
 
 
 def prepare(compiler: Any, module: nn.Module) -> None:

@@ -21,10 +21,12 @@ from fxcompress.pass_base import Pass
 
 __all__ = [
     "BUILTIN_BACKENDS",
+    "BUILTIN_EXPORTERS",
     "BUILTIN_PASSES",
     "backend_class",
     "backend_names",
     "close_matches",
+    "exporter",
     "pass_class",
     "pass_names",
     "register_pass",
@@ -59,6 +61,10 @@ BUILTIN_PASSES: dict[str, str] = {
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
     "pack-sparse": "fxcompress.passes.pack_sparse:PackSparse",
 }
+BUILTIN_EXPORTERS: dict[str, tuple[str, str]] = {
+    "onnx": ("fxcompress.backends.onnx.models:export_model", "fxcompress[onnx]"),
+}
+"""File format → the function that writes it, and the extra it needs."""
 BUILTIN_BACKENDS: dict[str, str] = {
     "inductor": "fxcompress.backends.dynamo:InductorBackend",
     "eager": "fxcompress.backends.dynamo:EagerBackend",
@@ -173,6 +179,25 @@ def backend_class(name: str) -> Any:
         BackendError: unknown name, two providers of it, or a provider that cannot be loaded.
     """
     return _find(name, BUILTIN_BACKENDS, BACKEND_GROUP, "backend", BackendError)
+
+
+def exporter(name: str) -> Any:
+    """The function that writes compressed models in the format ``name``, imported now if need be.
+
+    Raises:
+        BackendError: unknown format, or the packages it needs are not installed.
+    """
+    if name not in BUILTIN_EXPORTERS:
+        raise BackendError(f"unknown export format {name!r}.", fix=close_matches(name, BUILTIN_EXPORTERS))
+    (target, extra) = BUILTIN_EXPORTERS[name]
+    module, _, function = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"export to {name} needs the package {error.name}, which is not installed.",
+            fix=f"pip install '{extra}'",
+        ) from error
 
 
 def _path(cls: type) -> str:

@@ -27,7 +27,7 @@ TOP_LEVEL = {
     *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in", "Makefile", "constraints.txt"),
     *(".ci", ".editorconfig", ".gitignore", ".pre-commit-config.yaml"),
 }
-IMPORT_NAMES = {"pyyaml": "yaml", "optimum-quanto": "optimum"}
+IMPORT_NAMES = {"pyyaml": "yaml", "optimum-quanto": "optimum", "onnx-ir": "onnx_ir"}
 """Distributions whose module has another name."""
 
 FAMILIES = (

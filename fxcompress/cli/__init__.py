@@ -1,4 +1,4 @@
-"""The command line: ``fxcompress compress | eval | bench | generate | inspect | list``.
+"""The command line: ``fxcompress compress | eval | bench | generate | export | inspect | list``.
 
 Results go to standard output, as tables or, with ``--json``, as one JSON document; progress and errors go to
 standard error. Exit codes: 0 success, 1 failure (the message says why), 2 wrong usage, 130 interrupted.
@@ -12,6 +12,7 @@ from fxcompress.cli.bench import bench
 from fxcompress.cli.catalogue import list_all
 from fxcompress.cli.compress import compress
 from fxcompress.cli.evaluate import evaluate
+from fxcompress.cli.export import export
 from fxcompress.cli.generate import generate
 from fxcompress.cli.inspect import inspect
 
@@ -30,6 +31,7 @@ app.command("compress")(compress)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("generate")(generate)
+app.command("export")(export)
 app.command("inspect")(inspect)
 app.command("list")(list_all)
 

@@ -1,0 +1,156 @@
+"""Operators that stand for ONNX operators in a torch graph: ``fxcompress_onnx::*``.
+
+Each computes in torch what its ONNX namesake is specified to compute, so that a lowered graph can be run and
+compared with the reference before anything is translated. They have shapes for tracing and no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["ops"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("fxcompress_onnx", "FRAGMENT")
+ops: Any = torch.ops.fxcompress_onnx
+
+
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
+    """Register the decorated function as the eager implementation of ``fxcompress_onnx::<schema>``."""
+
+    def register(function: F) -> F:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fxcompress_onnx::{name}", fake, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def _decode_blocks(
+    data: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int, columns: int
+) -> Tensor:
+    """``[..., K]`` float from codes ``[..., blocks, block · bits / 8]`` and scales ``[..., blocks]``."""
+    codes = _unpack(data, bits).to(torch.float32)  # [..., blocks, block]
+    blocks = scales.shape[-1]
+    if zeros is None:
+        offset: Tensor = torch.full_like(scales, float(1 << (bits - 1)), dtype=torch.float32)
+    else:
+        offset = _unpack(zeros, bits)[..., :blocks].to(torch.float32)
+    value = (codes - offset.unsqueeze(-1)) * scales.to(torch.float32).unsqueeze(-1)
+    return value.flatten(-2)[..., :columns]
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """Codes of 2, 4 or 8 bits, the lowest bits of a byte first: ``[..., n]`` → ``[..., n · 8 / bits]``."""
+    if bits == 8:
+        return packed
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def _matmul_nbits_shape(
+    x: Tensor, b: Tensor, scales: Tensor, zeros: Any, bias: Any, K: int, N: int, *_: Any
+) -> Tensor:
+    return x.new_empty([*x.shape[:-1], N])
+
+
+@_operator(
+    "matmul_nbits(Tensor x, Tensor b, Tensor scales, Tensor? zeros, Tensor? bias, int K, int N, int bits,"
+    " int block, int accuracy) -> Tensor",
+    _matmul_nbits_shape,
+)
+def _matmul_nbits(
+    x: Tensor,  # [..., K]
+    b: Tensor,  # [N, blocks, block · bits / 8] uint8
+    scales: Tensor,  # [N, blocks]
+    zeros: Tensor | None,  # [N, ⌈blocks · bits / 8⌉] uint8
+    bias: Tensor | None,  # [N]
+    K: int,
+    N: int,
+    bits: int,
+    block: int,
+    accuracy: int,
+) -> Tensor:
+    """``com.microsoft.MatMulNBits`` at full accuracy."""
+    weight = _decode_blocks(b, scales, zeros, bits, block, K).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _gather_shape(
+    ids: Tensor, data: Tensor, scales: Tensor, zeros: Any, bits: int, block: int, K: int
+) -> Tensor:
+    return scales.new_empty([*ids.shape, K])
+
+
+@_operator(
+    "gather_nbits(Tensor ids, Tensor data, Tensor scales, Tensor? zeros, int bits, int block, int K)"
+    " -> Tensor",
+    _gather_shape,
+)
+def _gather_nbits(
+    ids: Tensor, data: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int, K: int
+) -> Tensor:
+    """``com.microsoft.GatherBlockQuantized`` on a weight laid out for ``matmul_nbits``."""
+    chosen = None if zeros is None else zeros[ids]
+    return _decode_blocks(data[ids], scales[ids], chosen, bits, block, K).to(scales.dtype)
+
+
+def _matmul_integer_shape(a: Tensor, b: Tensor, zero: Any) -> Tensor:
+    return a.new_empty([*a.shape[:-1], b.shape[-1]], dtype=torch.int32)
+
+
+@_operator("matmul_integer(Tensor a, Tensor b, Tensor? zero) -> Tensor", _matmul_integer_shape)
+def _matmul_integer(a: Tensor, b: Tensor, zero: Tensor | None) -> Tensor:
+    """``MatMulInteger``: ``a [..., K]`` int8, ``b [K, N]`` int8, ``zero [N]`` int8 or None → int32."""
+    wide = b.to(torch.float64) if zero is None else b.to(torch.float64) - zero.to(torch.float64)
+    return (a.to(torch.float64) @ wide).to(torch.int32)  # exact: |sums| < 2**53
+
+
+def _quantize_shape(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(x, dtype=zero.dtype)
+
+
+def _along(value: Tensor, like: Tensor, axis: int) -> Tensor:
+    if value.dim() == 0:
+        return value
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return value.reshape(shape)
+
+
+@_operator("quantize_linear(Tensor x, Tensor scale, Tensor zero, int axis) -> Tensor", _quantize_shape)
+def _quantize_linear(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> Tensor:
+    """``QuantizeLinear``: integers, per tensor or along ``axis``."""
+    value = x.to(torch.float32) / _along(scale.to(torch.float32), x, axis)
+    bounds = torch.iinfo(zero.dtype)
+    value = torch.round(value) + _along(zero, x, axis)
+    return value.clamp(bounds.min, bounds.max).to(zero.dtype)
+
+
+def _dequantize_shape(q: Tensor, scale: Tensor, zero: Any, axis: int, block: int) -> Tensor:
+    return torch.empty_like(q, dtype=scale.dtype)
+
+
+@_operator(
+    "dequantize_linear(Tensor q, Tensor scale, Tensor? zero, int axis, int block) -> Tensor",
+    _dequantize_shape,
+)
+def _dequantize_linear(q: Tensor, scale: Tensor, zero: Tensor | None, axis: int, block: int) -> Tensor:
+    """``DequantizeLinear``: per tensor, along ``axis``, or (``block > 0``) in blocks along ``axis``."""
+
+    def wide(value: Tensor) -> Tensor:
+        if block <= 0:
+            return _along(value, q, axis)
+        return value.repeat_interleave(block, axis).narrow(axis, 0, q.shape[axis])
+
+    value = q.to(torch.float32)
+    if zero is not None:
+        value = value - wide(zero.to(torch.float32))
+    return (value * wide(scale.to(torch.float32))).to(scale.dtype)

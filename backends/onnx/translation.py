@@ -1,0 +1,135 @@
+"""The translation table: what each operator of a lowered graph is in ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from onnx.defs import OpSchema
+from onnxscript import FLOAT, INT8, INT32, INT64, UINT8, values
+from onnxscript.onnx_opset import opset21 as onnx
+
+from fxcompress.backends.onnx.operators import ops
+
+__all__ = ["DOMAIN", "translation_table"]
+
+DOMAIN = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
+_FLOATS = ["tensor(float)", "tensor(float16)"]
+_TYPES = {
+    "T": _FLOATS,
+    "B": ["tensor(uint8)"],
+    "I": ["tensor(int64)", "tensor(int32)"],
+    "M": ["tensor(int32)"],
+}
+
+
+def _runtime_operator(name: str, inputs: str, outputs: str, **attributes: str) -> values.Op:
+    """An operator of ONNX Runtime, which the ``onnx`` package has no schema for.
+
+    Args:
+        name: Its name.
+        inputs: ``"name:type"`` words with types of ``_TYPES``; a ``?`` after the type marks optional ones.
+        outputs: The same for results.
+        attributes: Name → ``"INT"``, ``"FLOAT"``, …; none is required.
+    """
+
+    def parameter(text: str) -> OpSchema.FormalParameter:
+        label, _, kind = text.partition(":")
+        option = OpSchema.FormalParameterOption.Optional if kind.endswith("?") else None
+        given = {} if option is None else {"param_option": option}
+        return OpSchema.FormalParameter(label, kind.rstrip("?"), **given)
+
+    described = [parameter(text) for text in inputs.split()], [parameter(text) for text in outputs.split()]
+    kinds = sorted({text.partition(":")[2].rstrip("?") for text in f"{inputs} {outputs}".split()})
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=described[0],
+        outputs=described[1],
+        type_constraints=[(kind, _TYPES[kind], "") for kind in kinds],
+        attributes=[
+            OpSchema.Attribute(key, getattr(OpSchema.AttrType, kind), "", required=False)
+            for key, kind in attributes.items()
+        ],
+    )
+    return values.Op(values.Opset(DOMAIN, 1), name, schema)
+
+
+_MATMUL_NBITS = _runtime_operator(
+    "MatMulNBits",
+    "A:T B:B scales:T zero_points:B? g_idx:M? bias:T?",
+    "Y:T",
+    K="INT",
+    N="INT",
+    bits="INT",
+    block_size="INT",
+    accuracy_level="INT",
+)
+_GATHER_NBITS = _runtime_operator(
+    "GatherBlockQuantized",
+    "data:B indices:I scales:T zero_points:B?",
+    "output:T",
+    bits="INT",
+    block_size="INT",
+    gather_axis="INT",
+    quantize_axis="INT",
+)
+
+
+def _matmul_nbits(
+    x: FLOAT,
+    b: UINT8,
+    scales: FLOAT,
+    zeros: UINT8 | None,
+    bias: FLOAT | None,
+    K: int,
+    N: int,
+    bits: int,
+    block: int,
+    accuracy: int,
+) -> FLOAT:
+    return _MATMUL_NBITS(
+        x, b, scales, zeros, None, bias, K=K, N=N, bits=bits, block_size=block, accuracy_level=accuracy
+    )
+
+
+def _gather_nbits(
+    ids: INT64, data: UINT8, scales: FLOAT, zeros: UINT8 | None, bits: int, block: int, K: int
+) -> FLOAT:
+    wide = onnx.Unsqueeze(scales, onnx.Constant(value_ints=[-1]))  # [V, blocks, 1], shared with the product
+    points = None if zeros is None else onnx.Unsqueeze(zeros, onnx.Constant(value_ints=[-1]))
+    rows = _GATHER_NBITS(data, ids, wide, points, bits=bits, block_size=block, gather_axis=0, quantize_axis=2)
+    shape = onnx.Concat(onnx.Shape(ids), onnx.Constant(value_ints=[-1]), axis=0)
+    rows = onnx.Reshape(rows, shape)
+    if K % block:  # the last block is padded
+        first, last, width = (onnx.Constant(value_ints=[number]) for number in (0, -1, K))
+        rows = onnx.Slice(rows, first, width, last)
+    return rows
+
+
+def _matmul_integer(a: INT8, b: INT8, zero: INT8 | None) -> INT32:
+    return onnx.MatMulInteger(a, b, None, zero)
+
+
+def _quantize_linear(x: FLOAT, scale: FLOAT, zero: UINT8, axis: int) -> UINT8:
+    return onnx.QuantizeLinear(x, scale, zero, axis=axis)
+
+
+def _dequantize_linear(q: INT8, scale: FLOAT, zero: INT8 | None, axis: int, block: int) -> FLOAT:
+    if block > 0:
+        return onnx.DequantizeLinear(q, scale, zero, axis=axis, block_size=block)
+    return onnx.DequantizeLinear(q, scale, zero, axis=axis)
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operator overload → function that builds its ONNX nodes; for ``torch.onnx.export``."""
+    return {
+        ops.matmul_nbits.default: _matmul_nbits,
+        ops.gather_nbits.default: _gather_nbits,
+        ops.matmul_integer.default: _matmul_integer,
+        ops.quantize_linear.default: _quantize_linear,
+        ops.dequantize_linear.default: _dequantize_linear,
+    }
