@@ -30,6 +30,7 @@ from fxcompress.edits import (
     FuseSites,
     Refuse,
     SetActivation,
+    SetCache,
     SetEdge,
     SetTensor,
     SetTransform,
@@ -45,7 +46,7 @@ __all__ = ["CheckpointStore", "canonical", "run_key", "step_key"]
 _FORMAT = 1
 _EDITS: dict[str, type[Any]] = {
     cls.__name__: cls
-    for cls in (SetTensor, SetWeight, SetActivation, SetTransform, SetEdge, FuseSites, Refuse)
+    for cls in (SetTensor, SetWeight, SetActivation, SetTransform, SetEdge, SetCache, FuseSites, Refuse)
 }
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ compiled graph directly; what a step computes (the greedy token included) lies i
 about ``generate`` (configuration, logits processors, stopping criteria) is transformers' own.
 
 What the loop does not cover runs in transformers' loop: beams, assistants, encoder-decoders, caches given by
-the caller, models whose cache counts tokens in Python.
+the caller, models whose cache counts tokens in Python. A quantized cache is used by both.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from fxcompress.compat import compile_function
 from fxcompress.errors import FxCompressError
 from fxcompress.evaluate import parameter_names
-from fxcompress.machine import physical_memory
+from fxcompress.generation_cache import CacheMaker, NotCoveredError, capacity_for, fixed_cache
 
-__all__ = ["DecodeSession", "Generator"]
+__all__ = ["DecodeSession", "Generator", "NotCoveredError"]
 
 logger = logging.getLogger("fxcompress.decoding")
 
-_MIN_CAPACITY = 256
 _MAX_SESSIONS = 4
 _OWN_ARGUMENTS = frozenset(
     {
@@ -40,14 +39,6 @@ _OWN_ARGUMENTS = frozenset(
     }
 )
 """Arguments of ``generate`` the loop understands, besides the fields of a generation configuration."""
-
-
-class NotCoveredError(FxCompressError):
-    """The loop cannot serve this model, or this call; the message says why."""
-
-    def __init__(self, why: str, *, this_call: bool = False) -> None:
-        super().__init__(why)
-        self.this_call = this_call
 
 
 class Backend(Protocol):
@@ -91,6 +82,7 @@ class DecodeSession:
         batch: Sequences.
         capacity: Tokens the cache can hold.
         padded: Whether prompts may be padded; the step then also has a mask and positions.
+        caches: Makes quantized caches, when the model has them.
 
     Raises:
         NotCoveredError: (prefill) the model's cache keeps counts outside of tensors, or has a shape that its
@@ -101,15 +93,19 @@ class DecodeSession:
         >>> logits = session.prefill(ids); logits = session.step()  # the greedy token's successor
     """
 
-    def __init__(self, module: nn.Module, backend: Backend, batch: int, capacity: int, padded: bool) -> None:
-        from transformers import StaticCache
-
+    def __init__(
+        self,
+        module: nn.Module,
+        backend: Backend,
+        batch: int,
+        capacity: int,
+        padded: bool,
+        caches: CacheMaker | None = None,
+    ) -> None:
         self.capacity, self.padded = capacity, padded
         self._module, self._recorder = module, _Recorder(backend)
-        config: Any = module.config
-        self._cache: Any = StaticCache(config=config, max_cache_len=capacity)
         device = next(module.parameters()).device
-        _allocate(self._cache, config, batch, _dtype(module), device)
+        self._cache = fixed_cache(module, caches, batch, capacity, device)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.logits = torch.empty(0)
         self._extra: dict[str, Tensor] = {}
@@ -219,12 +215,20 @@ class Generator:
         module: The module, compiled in place.
         backend: Compiles the decoding step.
         prepare: Called with the module before it is.
+        caches: Makes quantized caches; None, or without forms, leaves caches as they are.
     """
 
-    def __init__(self, module: Any, backend: Backend, prepare: Callable[[nn.Module], None]) -> None:
+    def __init__(
+        self,
+        module: Any,
+        backend: Backend,
+        prepare: Callable[[nn.Module], None],
+        caches: CacheMaker | None = None,
+    ) -> None:
         self._module, self._backend, self._prepare = module, backend, prepare
+        self._caches = caches if caches is not None and caches.layers else None
         self._sessions: OrderedDict[tuple[int, int, bool], DecodeSession] = OrderedDict()
-        self._refusal = _refusal(module)
+        self._refusal = _refusal(module, packed=self._caches is not None)
         self._busy = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -244,6 +248,9 @@ class Generator:
             finally:
                 self._busy.release()
         logger.info("%s: transformers' generation loop is used: %s", type(self._module).__name__, why)
+        cache = None if self._caches is None else self._caches.for_generate(args, kwargs)
+        if cache is not None:
+            kwargs = {**kwargs, "past_key_values": cache}
         return self._module.generate(*args, **kwargs)
 
     def session(self, batch: int, length: int, *, padded: bool = False) -> DecodeSession:
@@ -254,15 +261,15 @@ class Generator:
         """
         if self._refusal is not None:
             raise NotCoveredError(self._refusal)
-        capacity = max(_MIN_CAPACITY, 1 << (length - 1).bit_length())
         limit = getattr(self._module.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and length <= limit:
-            capacity = min(capacity, limit)
+        capacity = capacity_for(length, limit if isinstance(limit, int) else None)
         key = (batch, capacity, padded)
         if key not in self._sessions:
             while len(self._sessions) >= _MAX_SESSIONS:
                 self._sessions.popitem(last=False)
-            self._sessions[key] = DecodeSession(self._module, self._backend, batch, capacity, padded)
+            self._sessions[key] = DecodeSession(
+                self._module, self._backend, batch, capacity, padded, self._caches
+            )
         self._sessions.move_to_end(key)
         return self._sessions[key]
 
@@ -317,7 +324,7 @@ def _choose(ids: Tensor, logits: Tensor, processors: Any, config: Any) -> Tensor
     return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
 
 
-def _refusal(module: Any) -> str | None:
+def _refusal(module: Any, *, packed: bool) -> str | None:
     """Why no call of this model is covered, or None."""
     config = getattr(module, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
@@ -327,6 +334,8 @@ def _refusal(module: Any) -> str | None:
     missing = {"input_ids", "past_key_values", "use_cache"} - set(parameter_names(module))
     if missing:
         return f"its forward has no {', '.join(sorted(missing))}"
+    if packed:
+        return None  # nothing but tensors counts tokens there
     from transformers import StaticCache
 
     layers: Any = StaticCache(config=config, max_cache_len=2).layers  # allocates on first use only
@@ -354,25 +363,6 @@ def _unsupported(module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> st
         padded = mask.dim() != 2 or not bool(mask.all())
         return "padded prompts, and its forward takes no position_ids" if padded else None
     return None
-
-
-def _allocate(cache: Any, config: Any, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the cache its memory now; allocated by its first use, that use would be compiled apart."""
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    size = getattr(text, "head_dim", None)
-    if size is None and heads and getattr(text, "hidden_size", None):
-        size = text.hidden_size // text.num_attention_heads
-    if not isinstance(heads, int) or not isinstance(size, int):
-        raise NotCoveredError("its configuration does not tell the shape of its cache.")
-    needed = 2 * len(cache.layers) * batch * heads * size * cache.layers[0].max_cache_len * dtype.itemsize
-    if device.type == "cpu" and needed > physical_memory() // 4:
-        raise NotCoveredError(f"a cache for this length takes {needed / 1e9:.1f} GB at once", this_call=True)
-    cache.early_initialization(batch, heads, size, dtype, device)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _python_state(cache: Any) -> list[dict[str, object]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import RecipeError, WeightError
-from fxcompress.forms import ActivationQuantizer, EdgeQuantizer, SiteForm, Transform, WeightTerm
+from fxcompress.forms import ActivationQuantizer, CacheForm, EdgeQuantizer, SiteForm, Transform, WeightTerm
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,18 @@ class SetEdge:
 
 
 @dataclass(frozen=True, eq=False)
+class SetCache:
+    """Keep keys and values of an attention in the form ``cache``.
+
+    ``name`` is the weight its values come from last.
+    """
+
+    name: str
+    cache: CacheForm
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class FuseSites:
     """Compute the sites ``names`` (same input) as one product at run time; ``name`` is the first of them."""
 
@@ -99,7 +111,9 @@ class Refuse:
     reason: str
 
 
-Edit: TypeAlias = SetTensor | SetWeight | SetActivation | SetTransform | SetEdge | FuseSites | Refuse
+Edit: TypeAlias = (
+    SetTensor | SetWeight | SetActivation | SetTransform | SetEdge | SetCache | FuseSites | Refuse
+)
 
 
 @dataclass(frozen=True)
@@ -187,6 +201,8 @@ class CompressionState:
         elif isinstance(edit, SetEdge):
             old = self.form(edit.name)
             self.forms[edit.name] = dataclasses.replace(old, edges=(*old.edges, edit.edge))
+        elif isinstance(edit, SetCache):
+            self.forms[edit.name] = dataclasses.replace(self.form(edit.name), cache=edit.cache)
         elif isinstance(edit, FuseSites):
             self.fused.append(edit.names)
         entry = Provenance(pass_name, type(edit).__name__, edit.reason, error)
@@ -224,6 +240,10 @@ def _check(state: CompressionState, edit: Edit) -> None:
                 f"{edit.name}: {edit.edge.argument!r} of this edge is quantized already.",
                 fix="quantize each edge once.",
             )
+    elif isinstance(edit, SetCache):
+        held = state.form(edit.name).cache
+        if held is not None and not held.exact:
+            raise RecipeError(f"{edit.name}: the cache of its attention is quantized already.")
     elif isinstance(edit, SetWeight):
         shape = state.weight(edit.name).shape
         for term in edit.terms:

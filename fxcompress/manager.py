@@ -24,6 +24,7 @@ from fxcompress.edits import (
     FuseSites,
     Refuse,
     SetActivation,
+    SetCache,
     SetEdge,
     SetTransform,
     SetWeight,
@@ -318,6 +319,8 @@ def _floats(edit: Edit) -> Iterator[tuple[str, Tensor]]:
         parts = [edit.activation]
     elif isinstance(edit, SetEdge):
         parts = [edit.edge]
+    elif isinstance(edit, SetCache):
+        parts = [edit.cache]
     elif isinstance(edit, SetTransform):
         parts = [*edit.transform_in, *edit.transform_out]
         if edit.bias is not None:

@@ -18,6 +18,7 @@ from fxcompress.compat import compile_in_place
 from fxcompress.decoding import Generator
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError, FxCompressError
+from fxcompress.generation_cache import CacheMaker
 from fxcompress.ghost import contains_ghosts, ghost_copy, ghost_tag
 from fxcompress.registry import backend_class
 from fxcompress.report import Report
@@ -61,6 +62,7 @@ class CompressedModel:
         self.report = Report.from_dict(artifact.report)
         self.tokenizer = tokenizer
         self._folder: str | None = None
+        self._caches = CacheMaker(self.model, state.forms)
         self.set_backend(backend)
 
     def set_backend(self, backend: str) -> None:
@@ -75,11 +77,14 @@ class CompressedModel:
             compile_in_place(module, self._compiler)
         guard_ghosts(self.model)
         if hasattr(self.model, "generate"):
-            self.generate = Generator(self.model, self._compiler, partial(prepare, self._compiler))
+            self.generate = Generator(
+                self.model, self._compiler, partial(prepare, self._compiler), self._caches
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         prepare(self._compiler, self.model)
+        self._caches.before_call(args, kwargs)
         with torch.no_grad():
             return self.model(*args, **kwargs)
 
@@ -90,6 +95,21 @@ class CompressedModel:
     def config(self) -> Any:
         """The module's configuration, when it has one."""
         return getattr(self.model, "config", None)
+
+    def new_cache(self, capacity: int | None = None) -> Any:
+        """An empty cache in the recipe's form, to pass as ``past_key_values``; ``generate`` makes its own.
+
+        Args:
+            capacity: Tokens there is room for. Default None: it grows.
+
+        Raises:
+            FxCompressError: the recipe quantized no cache.
+
+        Example:
+            >>> cache = small.new_cache()  # doctest: +SKIP
+            >>> small(input_ids=ids, past_key_values=cache, use_cache=True)  # doctest: +SKIP
+        """
+        return self._caches.new(capacity)
 
     def resident_bytes(self) -> int:
         """Bytes held by parameters, buffers and packed weights, each storage counted once.

@@ -44,10 +44,14 @@ BUILTIN_PASSES: dict[str, str] = {
     "quantize-weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",
     "split-outlier-features": "fxcompress.passes.split_outlier_features:SplitOutlierFeatures",
+    "quantize-kv-cache": "fxcompress.passes.quantize_kv_cache:QuantizeKvCache",
+    "kvquant": "fxcompress.passes.kvquant:Kvquant",
+    "wkvquant": "fxcompress.passes.wkvquant:Wkvquant",
     "layer-distill": "fxcompress.passes.layer_distill:LayerDistill",
     "insert-quant-dequant": "fxcompress.passes.insert_quant_dequant:InsertQuantDequant",
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
 }
+PACKED_CACHE = "fxcompress.backends.packed_cache:PackedCache"
 BUILTIN_BACKENDS: dict[str, str] = {
     "inductor": "fxcompress.backends.dynamo:InductorBackend",
     "eager": "fxcompress.backends.dynamo:EagerBackend",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -25,7 +25,7 @@ DTYPES: dict[torch.dtype, str] = {
 }
 GROUP_SHIFT = 34  # bits of a kernel number
 OUTPUT_SHIFT = 12  # where the output's dtype lies in it
-_KINDS = ("linear", "embedding", "dense", "attention")
+_KINDS = ("linear", "embedding", "dense", "attention", "cached")
 _ACTIVATIONS = (None, "dynamic", "static")
 _SUM_LIMIT = 32767  # of a signed 16-bit sum
 _NO_FLUSH = 1 << 20
@@ -93,7 +93,7 @@ class KernelForm:
         """The kernel of this form on ``isa`` as one integer below 2**34, equal in every process."""
         activation = (_ACTIVATIONS.index(self.activation), self.activation_bits)
         weight = (self.bits, self.has_zero, self.grouped, *activation)
-        return _number(self.kind, weight, self.input, self.output, isa)
+        return kernel_number(self.kind, weight, self.input, self.output, isa)
 
     def render(self, isa: Isa) -> str:
         """See :func:`render`."""
@@ -131,17 +131,32 @@ class AttentionForm:
 
     def number(self, isa: Isa) -> int:
         """See :meth:`KernelForm.number`."""
-        return _number(self.kind, (0, 0, 0, 0, 0), self.input, self.output, isa)
+        return kernel_number(self.kind, (0, 0, 0, 0, 0), self.input, self.output, isa)
 
     def render(self, isa: Isa) -> str:
         """The kernel's C++ source."""
         return render_template("attention.cpp.j2", form=self, isa=isa, nibble_table=False)
 
 
-AnyForm = KernelForm | AttentionForm
+class AnyForm(Protocol):
+    """What names a kernel and writes its source."""
+
+    @property
+    def title(self) -> str:
+        """A short name, unique per form."""
+        ...
+
+    def number(self, isa: Isa) -> int:
+        """Of the kernel, below 2**34 and equal in every process."""
+        ...
+
+    def render(self, isa: Isa) -> str:
+        """The kernel's C++ source."""
+        ...
 
 
-def _number(kind: str, weight: Sequence[int], input_dtype: str, output_dtype: str, isa: Isa) -> int:
+def kernel_number(kind: str, weight: Sequence[int], input_dtype: str, output_dtype: str, isa: Isa) -> int:
+    """One integer below 2**34; the fields of ``weight`` have 4, 1, 1, 2 and 4 bits."""
     dtypes = list(DTYPES.values())
     widths = (4, 4, 1, 1, 2, 4, 3, 3, 4, 8)  # bits of every field, highest first
     fields = (_KINDS.index(kind), *weight, dtypes.index(input_dtype), dtypes.index(output_dtype))

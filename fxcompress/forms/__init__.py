@@ -9,6 +9,9 @@ from fxcompress.forms.activation import (
     StaticPerCluster,
     StaticPerTensor,
 )
+from fxcompress.forms.cache import BlockStore, CacheForm, CacheStore, ExactStore
+from fxcompress.forms.cache_stores import CodebookStore, FloatStore, IntStore
+from fxcompress.forms.cache_transforms import CacheTransform, ChannelAffine, HeadRotation, PositionRotation
 from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
@@ -18,19 +21,30 @@ from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
 
 __all__ = [
     "ActivationQuantizer",
+    "BlockStore",
+    "CacheForm",
+    "CacheStore",
+    "CacheTransform",
+    "ChannelAffine",
+    "CodebookStore",
     "Component",
     "DynamicPerGroup",
     "DynamicPerToken",
     "Eager",
     "EdgeQuantizer",
     "Emit",
+    "ExactStore",
     "FixedOutliers",
     "FloatPerTensor",
     "FloatPerToken",
+    "FloatStore",
     "FloatWeight",
+    "HeadRotation",
+    "IntStore",
     "OutlierColumns",
     "OutlierSplit",
     "Permute",
+    "PositionRotation",
     "QuantizedWeight",
     "Scale",
     "Shift",
