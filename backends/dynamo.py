@@ -60,7 +60,10 @@ class CompressingBackend:
         with torch.no_grad():
             program = program_from_dynamo(module, example_inputs)
             store = self.source.store(program)
-            if not any(store.state.is_compressed(name) for name in program.weight_of.values()):
+            packs = torch.ops.fxcompress.update_cache.default
+            if not any(store.state.is_compressed(name) for name in program.weight_of.values()) and not any(
+                node.target is packs for node in program.graph.nodes
+            ):
                 return self._plain(program, module, example_inputs)
             applied = apply_state(program, store.state)
             regions = None

@@ -15,6 +15,7 @@ from fxcompress.calibration.generated import generated_tokens
 from fxcompress.capture import Program, capture_model
 from fxcompress.errors import CalibrationError, RecipeError, WeightError
 from fxcompress.examples import call_arguments, default_example
+from fxcompress.generation_cache import check_has_cache
 from fxcompress.ghost import contains_ghosts
 from fxcompress.hf import identity_of, load_tokenizer
 from fxcompress.manager import Verify, run_recipe
@@ -78,6 +79,8 @@ def compress(
         )
     chosen = Recipe.load(recipe)
     _check_devices(model)
+    if any("quantized-cache" in item.provides for item in chosen):
+        check_has_cache(model)
     if calibration is None and chosen.needs_calibration and example_inputs is None:
         calibration = _own_text(model, seed)
     with torch.no_grad():

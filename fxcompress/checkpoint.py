@@ -33,6 +33,7 @@ from fxcompress.edits import (
     RemoveBlock,
     Repack,
     SetActivation,
+    SetCache,
     SetEdge,
     SetMask,
     SetSensitivity,
@@ -52,7 +53,7 @@ _EDITS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         *(SetTensor, SetWeight, SetMask, SetSensitivity, Repack),
-        *(SetActivation, SetTransform, SetEdge, FuseSites),
+        *(SetActivation, SetTransform, SetEdge, SetCache, FuseSites),
         *(KeepUnits, RemoveBlock, Refuse),
     )
 }

@@ -6,7 +6,7 @@ compiled graph directly; what a step computes (the greedy token included) lies i
 about ``generate`` (configuration, logits processors, stopping criteria) is transformers' own.
 
 What the loop does not cover runs in transformers' loop: beams, assistants, encoder-decoders, caches given by
-the caller, models whose cache counts tokens in Python.
+the caller, models whose cache counts tokens in Python. A quantized cache is used by both.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.compat import compile_function
-from fxcompress.decoding_cache import CacheShapes, NotCoveredError, allocate
+from fxcompress.decoding_cache import CacheShapes, NotCoveredError
 from fxcompress.errors import FxCompressError
 from fxcompress.evaluate import parameter_names
+from fxcompress.generation_cache import CacheMaker, capacity_for, fixed_cache
 
-__all__ = ["DecodeSession", "Generator"]
+__all__ = ["DecodeSession", "Generator", "NotCoveredError"]
 
 logger = logging.getLogger("fxcompress.decoding")
 
-_MIN_CAPACITY = 256
 _MAX_SESSIONS = 4
 _OWN_ARGUMENTS = frozenset(
     {
@@ -83,6 +83,7 @@ class DecodeSession:
         batch: Sequences.
         capacity: Tokens the cache can hold.
         padded: Whether prompts may be padded; the step then also has a mask and positions.
+        caches: Makes quantized caches, when the model has them.
         shapes: ``(heads, size)`` of every layer's keys, where the configuration does not tell them.
 
     Raises:
@@ -101,16 +102,13 @@ class DecodeSession:
         batch: int,
         capacity: int,
         padded: bool,
+        caches: CacheMaker | None = None,
         shapes: CacheShapes = (),
     ) -> None:
-        from transformers import StaticCache
-
         self.capacity, self.padded = capacity, padded
         self._module, self._recorder = module, _Recorder(backend)
-        config: Any = module.config
-        self._cache: Any = StaticCache(config=config, max_cache_len=capacity)
         device = next(module.parameters()).device
-        allocate(self._cache, config, batch, _dtype(module), device, shapes)
+        self._cache = fixed_cache(module, caches, batch, capacity, device, shapes)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.logits = torch.empty(0)
         self._extra: dict[str, Tensor] = {}
@@ -220,16 +218,23 @@ class Generator:
         module: The module, compiled in place.
         backend: Compiles the decoding step.
         prepare: Called with the module before it is.
+        caches: Makes quantized caches; None, or without forms, leaves caches as they are.
         shapes: ``(heads, size)`` of every layer's keys, where the configuration does not tell them.
     """
 
     def __init__(
-        self, module: Any, backend: Backend, prepare: Callable[[nn.Module], None], shapes: CacheShapes = ()
+        self,
+        module: Any,
+        backend: Backend,
+        prepare: Callable[[nn.Module], None],
+        caches: CacheMaker | None = None,
+        shapes: CacheShapes = (),
     ) -> None:
         self._shapes = shapes
         self._module, self._backend, self._prepare = module, backend, prepare
+        self._caches = caches if caches is not None and caches.layers else None
         self._sessions: OrderedDict[tuple[int, int, bool], DecodeSession] = OrderedDict()
-        self._refusal = _refusal(module)
+        self._refusal = _refusal(module, packed=self._caches is not None)
         self._busy = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,6 +254,9 @@ class Generator:
             finally:
                 self._busy.release()
         logger.info("%s: transformers' generation loop is used: %s", type(self._module).__name__, why)
+        cache = None if self._caches is None else self._caches.for_generate(args, kwargs)
+        if cache is not None:
+            kwargs = {**kwargs, "past_key_values": cache}
         return self._module.generate(*args, **kwargs)
 
     def session(self, batch: int, length: int, *, padded: bool = False) -> DecodeSession:
@@ -259,16 +267,14 @@ class Generator:
         """
         if self._refusal is not None:
             raise NotCoveredError(self._refusal)
-        capacity = max(_MIN_CAPACITY, 1 << (length - 1).bit_length())
         limit = getattr(self._module.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and length <= limit:
-            capacity = min(capacity, limit)
+        capacity = capacity_for(length, limit if isinstance(limit, int) else None)
         key = (batch, capacity, padded)
         if key not in self._sessions:
             while len(self._sessions) >= _MAX_SESSIONS:
                 self._sessions.popitem(last=False)
             self._sessions[key] = DecodeSession(
-                self._module, self._backend, batch, capacity, padded, self._shapes
+                *(self._module, self._backend, batch, capacity, padded, self._caches, self._shapes)
             )
         self._sessions.move_to_end(key)
         return self._sessions[key]
@@ -324,7 +330,7 @@ def _choose(ids: Tensor, logits: Tensor, processors: Any, config: Any) -> Tensor
     return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
 
 
-def _refusal(module: Any) -> str | None:
+def _refusal(module: Any, *, packed: bool) -> str | None:
     """Why no call of this model is covered, or None."""
     config = getattr(module, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
@@ -334,6 +340,8 @@ def _refusal(module: Any) -> str | None:
     missing = {"input_ids", "past_key_values", "use_cache"} - set(parameter_names(module))
     if missing:
         return f"its forward has no {', '.join(sorted(missing))}"
+    if packed:
+        return None  # nothing but tensors counts tokens there
     from transformers import StaticCache
 
     layers: Any = StaticCache(config=config, max_cache_len=2).layers  # allocates on first use only
@@ -361,10 +369,6 @@ def _unsupported(module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> st
         padded = mask.dim() != 2 or not bool(mask.all())
         return "padded prompts, and its forward takes no position_ids" if padded else None
     return None
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _python_state(cache: Any) -> list[dict[str, object]]:

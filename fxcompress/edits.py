@@ -13,6 +13,7 @@ from torch import Tensor
 from fxcompress.errors import RecipeError, WeightError
 from fxcompress.forms import (
     ActivationQuantizer,
+    CacheForm,
     Component,
     EdgeQuantizer,
     SiteForm,
@@ -127,6 +128,18 @@ class SetEdge:
 
 
 @dataclass(frozen=True, eq=False)
+class SetCache:
+    """Keep keys and values of an attention in the form ``cache``.
+
+    ``name`` is the weight its values come from last.
+    """
+
+    name: str
+    cache: CacheForm
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class FuseSites:
     """Compute the sites ``names`` (same input) as one product at run time; ``name`` is the first of them."""
 
@@ -193,6 +206,7 @@ Edit: TypeAlias = (
     | SetActivation
     | SetTransform
     | SetEdge
+    | SetCache
     | FuseSites
     | StructuralEdit
     | Refuse
@@ -306,6 +320,8 @@ class CompressionState:
         elif isinstance(edit, SetEdge):
             old = self.form(edit.name)
             self.forms[edit.name] = dataclasses.replace(old, edges=(*old.edges, edit.edge))
+        elif isinstance(edit, SetCache):
+            self.forms[edit.name] = dataclasses.replace(self.form(edit.name), cache=edit.cache)
         elif isinstance(edit, FuseSites):
             self.fused.append(edit.names)
         elif isinstance(edit, KeepUnits):
@@ -348,6 +364,10 @@ def _check(state: CompressionState, edit: Edit) -> None:
                 f"{edit.name}: {edit.edge.argument!r} of this edge is quantized already.",
                 fix="quantize each edge once.",
             )
+    elif isinstance(edit, SetCache):
+        held = state.form(edit.name).cache
+        if held is not None and not held.exact:
+            raise RecipeError(f"{edit.name}: the cache of its attention is quantized already.")
     elif isinstance(edit, SetWeight):
         _check_terms(edit.name, edit.terms, state.weight(edit.name))
         if edit.name in state.masks:
@@ -427,6 +447,8 @@ def floats_of(edit: Edit) -> Iterator[tuple[str, Tensor]]:
         parts = [edit.activation]
     elif isinstance(edit, SetEdge):
         parts = [edit.edge]
+    elif isinstance(edit, SetCache):
+        parts = [edit.cache]
     elif isinstance(edit, SetTransform):
         parts = [*edit.transform_in, *edit.transform_out]
         if edit.bias is not None:

@@ -18,6 +18,7 @@ from fxcompress.compat import compile_in_place
 from fxcompress.decoding import Generator
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError, FxCompressError
+from fxcompress.generation_cache import CacheMaker
 from fxcompress.ghost import contains_ghosts, ghost_copy, ghost_tag
 from fxcompress.pretrained import save_plain
 from fxcompress.registry import backend_class, exporter
@@ -62,6 +63,7 @@ class CompressedModel:
         self.report = Report.from_dict(artifact.report)
         self.tokenizer = tokenizer
         self._folder: str | None = None
+        self._caches = CacheMaker(self.model, state.forms)
         self.set_backend(backend)
 
     def set_backend(self, backend: str) -> None:
@@ -78,11 +80,13 @@ class CompressedModel:
         if hasattr(self.model, "generate"):
             structure = self.artifact.structure
             shapes = () if structure is None else structure.cache
-            self.generate = Generator(self.model, self._compiler, partial(prepare, self._compiler), shapes)
+            begin = partial(prepare, self._compiler)
+            self.generate = Generator(self.model, self._compiler, begin, self._caches, shapes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         prepare(self._compiler, self.model)
+        self._caches.before_call(args, kwargs)
         with torch.no_grad():
             return self.model(*args, **kwargs)
 
@@ -93,6 +97,21 @@ class CompressedModel:
     def config(self) -> Any:
         """The module's configuration, when it has one."""
         return getattr(self.model, "config", None)
+
+    def new_cache(self, capacity: int | None = None) -> Any:
+        """An empty cache in the recipe's form, to pass as ``past_key_values``; ``generate`` makes its own.
+
+        Args:
+            capacity: Tokens there is room for. Default None: it grows.
+
+        Raises:
+            FxCompressError: the recipe quantized no cache.
+
+        Example:
+            >>> cache = small.new_cache()  # doctest: +SKIP
+            >>> small(input_ids=ids, past_key_values=cache, use_cache=True)  # doctest: +SKIP
+        """
+        return self._caches.new(capacity)
 
     def resident_bytes(self) -> int:
         """Bytes held by parameters, buffers and packed weights, each storage counted once.

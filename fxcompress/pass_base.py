@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxcompress.analysis.channel_group import ChannelGroup
 from fxcompress.analysis.edges import Edge
@@ -95,6 +95,10 @@ class BlockContext(Protocol):
 
     def edge_statistics(self, edges: Sequence[Edge]) -> dict[Edge, Statistics]:
         """Statistics of the values on ``edges`` (all dimensions but the last are tokens)."""
+        ...
+
+    def values(self, nodes: Sequence[fx.Node]) -> Iterator[dict[fx.Node, Any]]:
+        """Values of any nodes of the block, or that flow into it, one mapping per calibration batch."""
         ...
 
     def function(self) -> BlockFunction:

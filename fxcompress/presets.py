@@ -174,6 +174,36 @@ PRESETS: dict[str, dict[str, Any]] = {
             "pack-sparse",
         ],
     },
+    "kv8": {
+        "summary": "8-bit key/value cache, one scale per token and head; weights untouched, needs no data",
+        "passes": [{"quantize-kv-cache": {"bits": 8}}],
+    },
+    "kv-fp8": {
+        "summary": "8-bit floating-point key/value cache per token and head; needs no data",
+        "passes": [{"quantize-kv-cache": {"format": "fp8-e4m3"}}],
+    },
+    "kv4-kivi": {
+        "summary": "4-bit key/value cache, keys per channel, 64 recent tokens exact; needs no data",
+        "passes": [
+            {"quantize-kv-cache": {"bits": 2, "key_axis": "channel", "group_size": 32, "residual": 32}}
+        ],
+    },
+    "kv4-rotated": {
+        "summary": "4-bit key/value cache per token and head in a rotated basis; needs no data",
+        "passes": [{"quantize-kv-cache": {"bits": 4, "rotate": True}}],
+    },
+    "kv4-wkvquant": {
+        "summary": "4-bit key/value cache, calibrated per channel and scaled per token; needs data",
+        "passes": [{"wkvquant": {"bits": 4}}],
+    },
+    "kv3-kvquant": {
+        "summary": "3-bit key/value cache by codebooks, keys before rotation, 1 % outliers apart; needs data",
+        "passes": [{"kvquant": {"bits": 3}}],
+    },
+    "kv2-kvquant": {
+        "summary": "2-bit key/value cache by codebooks, keys before rotation, 1 % outliers apart; needs data",
+        "passes": [{"kvquant": {"bits": 2, "q_norm": True}}],
+    },
     "qdq-int8": {
         "summary": "quantize/dequantize pairs at weights, inputs, attention and sums, static; needs data",
         "passes": [{"insert-quant-dequant": {"activations": "tensor"}}],

@@ -56,6 +56,9 @@ BUILTIN_PASSES: dict[str, str] = {
     "quantize-codebook": "fxcompress.passes.quantize_codebook:QuantizeCodebook",
     "quantize-activations": "fxcompress.passes.quantize_activations:QuantizeActivations",
     "split-outlier-features": "fxcompress.passes.split_outlier_features:SplitOutlierFeatures",
+    "quantize-kv-cache": "fxcompress.passes.quantize_kv_cache:QuantizeKvCache",
+    "kvquant": "fxcompress.passes.kvquant:Kvquant",
+    "wkvquant": "fxcompress.passes.wkvquant:Wkvquant",
     "layer-distill": "fxcompress.passes.layer_distill:LayerDistill",
     "insert-quant-dequant": "fxcompress.passes.insert_quant_dequant:InsertQuantDequant",
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",
@@ -65,6 +68,7 @@ BUILTIN_EXPORTERS: dict[str, tuple[str, str]] = {
     "onnx": ("fxcompress.backends.onnx.models:export_model", "fxcompress[onnx]"),
 }
 """File format → the function that writes it, and the extra it needs."""
+PACKED_CACHE = "fxcompress.backends.packed_cache:PackedCache"
 BUILTIN_BACKENDS: dict[str, str] = {
     "inductor": "fxcompress.backends.dynamo:InductorBackend",
     "eager": "fxcompress.backends.dynamo:EagerBackend",

@@ -272,6 +272,7 @@ def describe_form(form: SiteForm) -> str:
     if form.activation is not None:
         parts.append(form.activation.describe())
     parts += [edge.describe() for edge in form.edges]
+    parts += [form.cache.describe()] if form.cache is not None else []
     parts += [f"{transform.describe()} in" for transform in form.transform_in]
     parts += [f"{transform.describe()} out" for transform in form.transform_out]
     return " + ".join(parts)

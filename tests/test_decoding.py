@@ -106,7 +106,7 @@ def test_sizes_share_a_session_and_start_over() -> None:
 
 def test_caches_of_other_capacities_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second on, Dynamo takes the capacity for a symbol; only the mask needs its value."""
-    monkeypatch.setattr("fxcompress.decoding._MIN_CAPACITY", 8)
+    monkeypatch.setattr("fxcompress.generation_cache._LEAST", 8)
     small = compressed("llama-tied-odd", backend="inductor")
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
     for count in (3, 8, 20):
@@ -201,7 +201,7 @@ def test_a_cache_that_would_not_fit_is_left_to_grow(
     small = compressed("llama-tied-odd")
     options = {**prompt("llama-tied-odd"), "max_new_tokens": 4, "do_sample": False}
     with caplog.at_level(logging.INFO, logger="fxcompress.decoding"), monkeypatch.context() as patched:
-        patched.setattr("fxcompress.decoding.physical_memory", lambda: 1000)
+        patched.setattr("fxcompress.generation_cache.physical_memory", lambda: 1000)
         found = small.generate(**options)
     assert "a cache for this length takes" in caplog.text
     assert torch.equal(found, small.generate(**options))

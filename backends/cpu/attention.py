@@ -37,7 +37,7 @@ def lower(node: fx.Node, value_of: Callable[[Any], Any], isa: Isa) -> Tensor | N
     Returns:
         ``[B, H, Q, V]``.
     """
-    if not _is_plain(node):
+    if not is_plain(node):
         return None
     query = _tensor(node.args[0])
     assert query is not None
@@ -48,7 +48,7 @@ def lower(node: fx.Node, value_of: Callable[[Any], Any], isa: Isa) -> Tensor | N
     return _two_products(node, value_of) if _decodes(node) else None
 
 
-def _is_plain(node: fx.Node) -> bool:
+def is_plain(node: fx.Node) -> bool:
     """Whether ``node`` is an attention of batched heads without dropout."""
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
@@ -58,7 +58,7 @@ def _is_plain(node: fx.Node) -> bool:
     if any(tensor is None or tensor.dim() != 4 or tensor.device.type != "cpu" for tensor in operands):
         return False
     query, key, value = (tensor for tensor in operands if tensor is not None)
-    mask = _tensor(_mask(node))
+    mask = _tensor(mask_of(node))
     if mask is not None and not (mask.dim() in (2, 4) and mask.dtype in (torch.bool, *DTYPES)):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
@@ -76,11 +76,13 @@ def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.shape[3] == key.shape[3] and all(statically_known_true(a == b) for a, b in pairs)
 
 
-def _mask(node: fx.Node) -> Any:
+def mask_of(node: fx.Node) -> Any:
+    """The mask of an attention, or None."""
     return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
 
 
-def _causal(node: fx.Node) -> bool:
+def is_causal(node: fx.Node) -> bool:
+    """Whether an attention hides later keys by itself."""
     return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
 
 
@@ -92,7 +94,8 @@ def _keys_and_values(node: fx.Node, value_of: Callable[[Any], Any]) -> tuple[Ten
     return key, value
 
 
-def _scale(node: fx.Node, width: int) -> float:
+def scale_of(node: fx.Node, width: int) -> float:
+    """What an attention multiplies its scores with."""
     scale = node.kwargs.get("scale")
     return 1 / math.sqrt(width) if scale is None else float(scale)  # type: ignore[arg-type]
 
@@ -100,30 +103,30 @@ def _scale(node: fx.Node, width: int) -> float:
 def _generated(node: fx.Node, value_of: Callable[[Any], Any], number: int) -> Tensor:
     query: Tensor = value_of(node.args[0])
     key, value = _keys_and_values(node, value_of)
-    mask = value_of(_mask(node))
+    mask = value_of(mask_of(node))
     if mask is not None:
         mask = mask if mask.dtype is torch.bool else mask.to(torch.float32)
         mask = mask if mask.dim() == 4 else mask[None, None]
-    scale = _scale(node, query.shape[3])
-    found: Tensor = torch.ops.fxcompress_cpu.attend(query, key, value, mask, _causal(node), scale, number)
+    scale = scale_of(node, query.shape[3])
+    found: Tensor = torch.ops.fxcompress_cpu.attend(query, key, value, mask, is_causal(node), scale, number)
     return found
 
 
 def _decodes(node: fx.Node) -> bool:
     """Whether a plain attention has exactly one query and no built-in mask."""
     query = _tensor(node.args[0])
-    return query is not None and _is_one(query.shape[2]) and not _causal(node)
+    return query is not None and _is_one(query.shape[2]) and not is_causal(node)
 
 
 def _two_products(node: fx.Node, value_of: Callable[[Any], Any]) -> Tensor:
     """Two small products on the keys as they lie in the cache; they read them once."""
     query: Tensor = value_of(node.args[0])
     key, value = _keys_and_values(node, value_of)
-    mask = value_of(_mask(node))
+    mask = value_of(mask_of(node))
     batch, heads, _, width = query.shape
     groups = heads // key.shape[1]
     grouped = query.reshape(batch, key.shape[1], groups, width)
-    scores = (grouped @ key.transpose(2, 3)).float() * _scale(node, width)  # [B, H / G, G, S]
+    scores = (grouped @ key.transpose(2, 3)).float() * scale_of(node, width)  # [B, H / G, G, S]
     if mask is not None:
         if mask.dim() == 4 and not _is_one(mask.shape[1]):
             mask = mask.reshape(mask.shape[0], key.shape[1], groups, mask.shape[3])

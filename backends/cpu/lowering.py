@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx
 
-from fxcompress.backends.cpu import attention
+from fxcompress.backends.cpu import attention, cached_attention
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel
 from fxcompress.backends.cpu.experts import ExpertsPlan, plan_experts, run_experts, weight_of_experts
 from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
@@ -282,6 +282,7 @@ class LoweringInterpreter(fx.Interpreter):
         self.packed = packed
         self.results: dict[fx.Node, tuple[Tensor, ...]] = {}
         self.isa = this_machine().isa
+        self.cached = cached_attention.find_fused(module.graph, self.isa)
 
     def run_node(self, n: fx.Node) -> Any:
         """Kernels for planned nodes, the original op for others; planned weights are never dequantized."""
@@ -293,6 +294,10 @@ class LoweringInterpreter(fx.Interpreter):
             return run_experts(plan, n, self._value(x), self._quantized(x), packed, self._argument)
         if n in self.plan.embeddings:
             return self._embedding(n)
+        if n in self.cached.forms:
+            return self.cached.run(n, self._argument)
+        if n in self.cached.skipped:
+            return None
         attended = attention.lower(n, self._argument, self.isa)
         if attended is not None:
             return attended

@@ -124,6 +124,20 @@ for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fxcompress_cpu::{_name}", _fake, lib=_LIBRARY)
 
 
+def define(schema: str, fake: Callable[..., Tensor], python: Callable[..., Tensor]) -> None:
+    """Add an operator whose C++ implementation ``shim.cpp.j2`` holds, at import.
+
+    Args:
+        schema: Its schema.
+        fake: Gives results of the right shape and dtype.
+        python: The implementation where the C++ operators cannot be built.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"fxcompress_cpu::{name}", fake, lib=_LIBRARY)
+    _PYTHON[name] = python
+
+
 class Arguments(ctypes.Structure):
     """``fx_arguments`` of ``templates/arguments.j2``."""
 
@@ -352,6 +366,16 @@ def python_attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, form: int
 ) -> Tensor:
     """``fxcompress_cpu::attend`` through ctypes."""
+    arguments, out, kept = attention_arguments(query, key, value, mask, causal, scale, form)
+    library_of(form).fx_run(ctypes.byref(arguments))
+    del kept
+    return out
+
+
+def attention_arguments(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, form: int
+) -> tuple[AttentionArguments, Tensor, tuple[Tensor | None, ...]]:
+    """What a kernel takes, the result it fills, and the tensors that must live until then."""
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, queries, width = query.shape
     kv_heads, keys, value_width = value.shape[1:]
@@ -365,8 +389,7 @@ def python_attend(
     sizes = (batch, heads, kv_heads, queries, keys, width, value_width)
     options = (floating, causal, torch.get_num_threads(), scale)
     arguments = AttentionArguments(*pointers, *sizes, (ctypes.c_int64 * 13)(*strides), *options)
-    _library_of(form).fx_run(ctypes.byref(arguments))
-    return out.transpose(1, 2)
+    return arguments, out.transpose(1, 2), tensors
 
 
 _PYTHON: dict[str, Callable[..., Tensor]] = {
@@ -384,10 +407,15 @@ def _call(
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in operands]
     group, threads = form >> GROUP_SHIFT, torch.get_num_threads()
     arguments = Arguments(*pointers, stride, tokens, rows, columns, group, threads)
-    _library_of(form).fx_run(ctypes.byref(arguments))
+    library_of(form).fx_run(ctypes.byref(arguments))
 
 
-def _library_of(form: int) -> ctypes.CDLL:
+def library_of(form: int) -> ctypes.CDLL:
+    """The loaded kernel of an operator's ``form``.
+
+    Raises:
+        BackendError: this process has not loaded it.
+    """
     library = _KERNELS.get(form & ((1 << GROUP_SHIFT) - 1))
     if library is None:
         raise BackendError(

@@ -16,6 +16,8 @@ from fxcompress.artifact.content import TensorInfo
 from fxcompress.errors import ArtifactError, FxCompressError
 from fxcompress.forms import (
     ActivationQuantizer,
+    CacheForm,
+    CacheStore,
     Component,
     EdgeQuantizer,
     Scale,
@@ -80,6 +82,9 @@ def check_form(name: str, form: SiteForm, info: TensorInfo) -> None:
     _components(name, "edges", form.edges, EdgeQuantizer)
     for edge in form.edges:
         _components(name, "edges", (edge.quantizer,), ActivationQuantizer)
+    if form.cache is not None:
+        _components(name, "cache", (form.cache,), CacheForm)
+        _components(name, "cache", (form.cache.key, form.cache.value), CacheStore)
     sizes = form.clusters
     _require(_TYPES["tuple[int, ...]"](sizes), name, f"clusters is {sizes!r}, expected a list of sizes")
     if form.bias is not None:

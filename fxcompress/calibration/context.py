@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -204,6 +204,21 @@ class Context:
                 x = values[edge.value]
                 statistics.update(x.reshape(-1, x.shape[-1]))
         return {edge: cast(Statistics, statistics) for edge, statistics in found.items()}
+
+    def values(self, nodes: Sequence[torch.fx.Node]) -> Iterator[dict[torch.fx.Node, Any]]:
+        """Values of nodes of this block, or that it reads, batch by batch.
+
+        Raises:
+            CalibrationError: no data, or a node's value is not alive in this block.
+        """
+        walk, runner = self._ready()
+        mine = [node for node in nodes if self._plan.block_of.get(node) == self.index]
+        for index, found in enumerate(walk.collect(runner, mine)):
+            alive = walk.inputs[index] | walk.values[index] | found
+            missing = [node.name for node in nodes if node not in alive]
+            if missing:
+                raise CalibrationError(f"{self._where}: {missing[0]} has no value here.")
+            yield {node: alive[node] for node in nodes}
 
     def function(self) -> ProgramBlock:
         """The block as a differentiable function.

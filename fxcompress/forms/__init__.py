@@ -9,6 +9,9 @@ from fxcompress.forms.activation import (
     StaticPerCluster,
     StaticPerTensor,
 )
+from fxcompress.forms.cache import BlockStore, CacheForm, CacheStore, ExactStore
+from fxcompress.forms.cache_stores import CodebookStore, FloatStore, IntStore
+from fxcompress.forms.cache_transforms import CacheTransform, ChannelAffine, HeadRotation, PositionRotation
 from fxcompress.forms.codebook import CodebookWeight
 from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.emit import Eager, Emit
@@ -30,6 +33,12 @@ from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
 __all__ = [
     "ActivationQuantizer",
     "BitmapIndex",
+    "BlockStore",
+    "CacheForm",
+    "CacheStore",
+    "CacheTransform",
+    "ChannelAffine",
+    "CodebookStore",
     "CodebookWeight",
     "Component",
     "CsrIndex",
@@ -38,14 +47,19 @@ __all__ = [
     "Eager",
     "EdgeQuantizer",
     "Emit",
+    "ExactStore",
     "FixedOutliers",
     "FloatPerTensor",
     "FloatPerToken",
+    "FloatStore",
     "FloatWeight",
+    "HeadRotation",
+    "IntStore",
     "NmIndex",
     "OutlierColumns",
     "OutlierSplit",
     "Permute",
+    "PositionRotation",
     "QuantizedWeight",
     "Scale",
     "SemiStructuredWeight",

@@ -84,13 +84,16 @@ def from_spec(spec: dict[str, Any], tensors: Any) -> Component:
             fix="install the version or plug-in that made it.",
         )
     cls = _REGISTRY[kind]
-    names = {field.name for field in dataclasses.fields(cls)}
+    fields = dataclasses.fields(cls)
+    names = {field.name for field in fields}
+    # What has a default may be younger than the artifact.
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     given = set(spec) - {"kind"}
-    if names != given:
+    if not needed <= given <= names:
         raise ArtifactError(
             f"form component {kind!r}: fields {sorted(given)} found, {sorted(names)} expected."
         )
-    values = {name: _decode(spec[name], tensors) for name in names}
+    values = {name: _decode(spec[name], tensors) for name in given}
     try:
         return cls(**values)
     except (FormatError, TypeError, AttributeError) as error:  # the last two: values of a wrong type

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxcompress.errors import FormatError
 from fxcompress.forms.activation import ActivationQuantizer
+from fxcompress.forms.cache import CacheForm
 from fxcompress.forms.component import Component, component
 from fxcompress.forms.emit import Emit
 from fxcompress.forms.terms import WeightTerm
@@ -113,6 +114,7 @@ class SiteForm(Component):
             ranges, which an activation quantizer may use. Empty: not clustered.
         edges: Quantizers of values computed from this weight last, where ops other than weight sites read
             them.
+        cache: How the cache of the attention whose values come from this weight is kept, or None.
     """
 
     terms: tuple[WeightTerm, ...] = ()
@@ -122,6 +124,7 @@ class SiteForm(Component):
     bias: Tensor | None = None
     clusters: tuple[int, ...] = ()
     edges: tuple[EdgeQuantizer, ...] = ()
+    cache: CacheForm | None = None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Sum of the terms in the parameter's shape.

@@ -1,0 +1,179 @@
+"""Attention that reads a packed cache in place, fused with the append.
+
+    k, v = update_cache(memory, length, new k, new v, …);  sdpa(q, repeat(k), repeat(v), mask)
+      →  attend_cached(q, new k, new v, mask, memory, length, …)
+
+The kernel dequantizes a tile of keys at a time; no dequantized cache exists. Where the pattern is broken
+(another op reads the keys, a form without a kernel), the operator gives dequantized tensors and attention
+reads those.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.backends.cpu import attention, native
+from fxcompress.backends.cpu.cached_form import CachedAttentionForm
+from fxcompress.backends.cpu.generator import DTYPES, output_dtype
+from fxcompress.backends.cpu.isa import Isa
+from fxcompress.cache_record import from_text
+from fxcompress.errors import FxCompressError
+
+__all__ = ["Fused", "find_fused"]
+
+logger = logging.getLogger("fxcompress.backends")
+aten = torch.ops.aten
+
+_SCHEMA = (
+    "attend_cached(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor(a!) memory,"
+    " Tensor(b!) length, SymInt capacity, float scale, int form) -> Tensor"
+)
+
+
+@dataclass
+class Fused:
+    """What :func:`find_fused` found in one block.
+
+    Args:
+        forms: Attention → (the update it reads, the number of its kernel).
+        skipped: Nodes that are computed inside the fused operator: updates, their results, repeated heads.
+    """
+
+    forms: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
+    skipped: set[fx.Node] = field(default_factory=set)
+
+    def run(self, node: fx.Node, value_of: Callable[[Any], Any]) -> Tensor:
+        """The attention ``node``, and the append."""
+        update, number = self.forms[node]
+        memory, length, key, value, _, _, capacity, _ = (value_of(argument) for argument in update.args)
+        query, mask = value_of(node.args[0]), value_of(attention.mask_of(node))
+        if mask is not None:
+            mask = mask if mask.dtype is torch.bool else mask.to(torch.float32)
+            mask = mask if mask.dim() == 4 else mask[None, None]
+        scale = attention.scale_of(node, query.shape[3])
+        out: Tensor = torch.ops.fxcompress_cpu.attend_cached(
+            query, key, value, mask, memory, length, capacity, scale, number
+        )
+        return out
+
+
+def find_fused(graph: fx.Graph, isa: Isa) -> Fused:
+    """Attentions of a block that read a packed cache which nothing else reads."""
+    found = Fused()
+    for node in graph.nodes:
+        chain = _chain(node)
+        if chain is None:
+            continue
+        update, between = chain
+        number = _kernel(update, isa)
+        if number is not None:
+            found.forms[node] = (update, number)
+            found.skipped |= {update, *between}
+    return found
+
+
+def _chain(node: fx.Node) -> tuple[fx.Node, set[fx.Node]] | None:
+    """The update whose keys and values are all that ``node`` attends to, and the nodes between."""
+    if not attention.is_plain(node) or attention.is_causal(node):
+        return None
+    between: set[fx.Node] = set()
+    updates = []
+    for place, argument in enumerate(node.args[1:3]):
+        source = attention.before_repeating(argument)
+        if source.target is not operator.getitem or source.args[1] != place:
+            return None
+        updates.append(source.args[0])
+        current = cast("fx.Node", argument)
+        while current is not source:
+            between.add(current)
+            current = cast("fx.Node", current.args[0])
+        between.add(source)
+    update = updates[0]
+    if updates[1] is not update or update.target is not torch.ops.fxcompress.update_cache.default:
+        return None
+    readers = {user for inner in between for user in inner.users} - between - {node}
+    if readers or any(user not in between for user in update.users):
+        logger.info("%s: its cache is read by other ops too; it is dequantized at every step", node.name)
+        return None
+    return update, between
+
+
+def _kernel(update: fx.Node, isa: Isa) -> int | None:
+    key = update.args[2].meta["val"]  # type: ignore[union-attr]
+    if key.dtype not in DTYPES or key.device.type != "cpu":
+        return None
+    constants = [node.meta["val"] for node in cast("Sequence[fx.Node]", update.args[4])]
+    form = CachedAttentionForm.of(from_text(str(update.args[5]), constants), DTYPES[key.dtype])
+    if form is None:
+        logger.info("%s: no kernel reads this form; the cache is dequantized at every step", update.name)
+        return None
+    number = form.number(isa)
+    if _TITLES.setdefault(number, form.title) != form.title or native.ensure_kernel(form, isa) is not None:
+        return None
+    return number
+
+
+_TITLES: dict[int, str] = {}  # two forms with one number: the second is not served
+
+
+class CachedArguments(ctypes.Structure):
+    """``fx_cached`` of ``templates/cached_arguments.j2``."""
+
+    _fields_ = [
+        ("attention", native.AttentionArguments),
+        *((name, ctypes.c_void_p) for name in ("memory", "length")),
+        *((name, ctypes.c_int64) for name in ("capacity", "record")),
+    ]
+
+
+def _fake(
+    query: Tensor,  # [B, H, Q, D]
+    key: Tensor,
+    value: Tensor,  # [B, H / G, T, V]
+    mask: Tensor | None,
+    memory: Tensor,
+    length: Tensor,
+    capacity: int,
+    scale: float,
+    form: int,
+) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty((batch, queries, heads, value.shape[3]), dtype=output_dtype(form))
+    return out.transpose(1, 2)
+
+
+def python_attend_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    memory: Tensor,
+    length: Tensor,
+    capacity: int,
+    scale: float,
+    form: int,
+) -> Tensor:
+    """``fxcompress_cpu::attend_cached`` through ctypes."""
+    if tuple(memory.shape[:2]) != tuple(key.shape[:2]):
+        raise FxCompressError(
+            f"the cache holds {memory.shape[0]} sequences, keys of {key.shape[0]} were given.",
+            fix="use a new cache for another batch.",
+        )
+    if int(length) + key.shape[2] > capacity:
+        raise FxCompressError(f"{int(length) + key.shape[2]} tokens do not fit a cache of {capacity}.")
+    arguments, out, kept = native.attention_arguments(query, key, value, mask, False, scale, form)
+    cached = CachedArguments(arguments, memory.data_ptr(), length.data_ptr(), capacity, memory.shape[2])
+    native.library_of(form).fx_run(ctypes.byref(cached))
+    del kept
+    return out
+
+
+native.define(_SCHEMA, _fake, python_attend_cached)

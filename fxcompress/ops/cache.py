@@ -1,0 +1,71 @@
+"""Read a packed key/value cache and append to it: one operator, so that nothing can come between.
+
+Attention sees past tokens as they are kept and the new ones as they are; then these are appended. Opaque:
+how many tokens there are is known at run time only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxcompress.cache_record import CacheRecord, from_text
+from fxcompress.ops._library import opaque
+
+__all__: list[str] = []
+
+
+def _fake(
+    memory: Tensor,
+    length: Tensor,
+    key: Tensor,
+    value: Tensor,
+    constants: Sequence[Tensor],
+    form: str,
+    capacity: int | torch.SymInt,
+    keys: int | torch.SymInt,
+) -> tuple[Tensor, Tensor]:
+    shapes = [(*x.shape[:2], keys, x.shape[3]) for x in (key, value)]
+    return key.new_empty(shapes[0]), value.new_empty(shapes[1])
+
+
+@opaque(
+    "update_cache(Tensor(a!) memory, Tensor(b!) length, Tensor key, Tensor value, Tensor[] constants,"
+    " str form, SymInt capacity, SymInt keys) -> (Tensor, Tensor)",
+    fake=_fake,
+)
+def _update_cache(
+    memory: Tensor,  # [B, H, bytes] uint8
+    length: Tensor,  # int64, one element
+    key: Tensor,  # [B, H, T, D]
+    value: Tensor,  # [B, H, T, V]
+    constants: Sequence[Tensor],
+    form: str,
+    capacity: int,
+    keys: int,
+) -> tuple[Tensor, Tensor]:
+    """Keys ``[B, H, keys, D]`` and values of all tokens, zeros behind them; then the new ones are appended.
+
+    Args:
+        memory: Records, see :class:`~fxcompress.cache_record.CacheRecord`; changed.
+        length: Tokens in the cache; increased by T.
+        key: New tokens.
+        value: New tokens.
+        constants: Tensors of the form.
+        form: See :func:`~fxcompress.cache_record.to_text`.
+        capacity: Of the records.
+        keys: Tokens to return, at least those there are.
+    """
+    record = CacheRecord(from_text(form, constants), capacity, key.dtype)
+    done, new = int(length), key.shape[2]
+    found = []
+    for past, x in zip(record.read(memory, done), (key, value), strict=True):
+        whole = x.new_zeros((*x.shape[:2], keys, x.shape[3]))
+        whole[:, :, :done] = past[:, :, :keys]
+        whole[:, :, done : done + new] = x[:, :, : max(0, keys - done)]
+        found.append(whole)
+    record.append(memory, done, key, value)
+    length.add_(new)
+    return found[0], found[1]
