@@ -34,94 +34,11 @@ from fxcompress.backends.cpu.generator import (
     render_template,
 )
 from fxcompress.backends.cpu.isa import Isa
+from fxcompress.backends.cpu.operators import LIBRARY
 from fxcompress.backends.cpu.toolchain import compiled
 from fxcompress.errors import BackendError
 
 logger = logging.getLogger("fxcompress.backends")
-
-_LIBRARY = torch.library.Library("fxcompress_cpu", "DEF")
-_SCHEMAS = (
-    "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor total, Tensor? bias,"
-    " Tensor? act_scale, Tensor? act_zero, int form) -> Tensor",
-    "experts(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor total, Tensor ends,"
-    " Tensor? act_scale, Tensor? act_zero, int form) -> Tensor",
-    "embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero, Tensor total, int columns,"
-    " int form) -> Tensor",
-    "dense(Tensor weight, Tensor scale, Tensor? zero, int columns, int form) -> Tensor",
-    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale,"
-    " int form) -> Tensor",
-)
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def _fake_linear(
-    x: Tensor,  # [..., K]
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    total: Tensor,  # [N]
-    bias: Tensor | None,
-    act_scale: Tensor | None,
-    act_zero: Tensor | None,
-    form: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], total.shape[0]), dtype=output_dtype(form))
-
-
-def _fake_experts(
-    x: Tensor,  # [T, K]
-    weight: Tensor,  # [E, …]
-    scale: Tensor,
-    zero: Tensor | None,
-    total: Tensor,  # [E, N]
-    ends: Tensor,  # [E]
-    act_scale: Tensor | None,
-    act_zero: Tensor | None,
-    form: int,
-) -> Tensor:
-    return x.new_empty((x.shape[0], total.shape[1]), dtype=output_dtype(form))
-
-
-def _fake_embedding(
-    indices: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    total: Tensor,
-    columns: int,
-    form: int,
-) -> Tensor:
-    return weight.new_empty((*indices.shape, columns), dtype=output_dtype(form))
-
-
-def _fake_dense(weight: Tensor, scale: Tensor, zero: Tensor | None, columns: int, form: int) -> Tensor:
-    return weight.new_empty((columns, scale.shape[0] * scale.shape[2]), dtype=output_dtype(form))
-
-
-def _fake_attend(
-    query: Tensor,  # [B, H, Q, D]
-    key: Tensor,
-    value: Tensor,  # [B, H / G, S, V]
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    form: int,
-) -> Tensor:
-    batch, heads, queries, _ = query.shape
-    out = query.new_empty((batch, queries, heads, value.shape[3]), dtype=output_dtype(form))
-    return out.transpose(1, 2)
-
-
-_FAKES: dict[str, Callable[..., Tensor]] = {
-    "linear": _fake_linear,
-    "experts": _fake_experts,
-    "embedding": _fake_embedding,
-    "dense": _fake_dense,
-    "attend": _fake_attend,
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"fxcompress_cpu::{_name}", _fake, lib=_LIBRARY)
 
 
 def define(schema: str, fake: Callable[..., Tensor], python: Callable[..., Tensor]) -> None:
@@ -133,8 +50,8 @@ def define(schema: str, fake: Callable[..., Tensor], python: Callable[..., Tenso
         python: The implementation where the C++ operators cannot be built.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"fxcompress_cpu::{name}", fake, lib=_LIBRARY)
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"fxcompress_cpu::{name}", fake, lib=LIBRARY)
     _PYTHON[name] = python
 
 
@@ -256,7 +173,7 @@ def _bind_operators() -> None:
     """Give the operators their CPU implementation: the C++ library, else Python."""
     if _register_function() is None:
         for name, function in _PYTHON.items():
-            _LIBRARY.impl(name, function, "CPU")
+            LIBRARY.impl(name, function, "CPU")
 
 
 @functools.cache
