@@ -28,13 +28,14 @@ _ZERO_TO_ZERO = """
     log1p prelu real conj softshrink hardshrink nan_to_num positive lift
 """
 _OTHERS = """
-    sigmoid exp log rsqrt reciprocal cos cosh pow clamp clamp_min clamp_max softplus hardsigmoid log_sigmoid
+    sigmoid exp log rsqrt reciprocal cos cosh clamp clamp_min clamp_max softplus hardsigmoid log_sigmoid
     eq ne lt le gt ge __and__ __or__ __xor__ logical_and logical_or logical_not logical_xor bitwise_and
     bitwise_or bitwise_not bitwise_xor isnan isinf isfinite isin masked_fill floor_divide remainder fmod
     exp2 log2 log10 acos asin atan2 fill zero copy bool int long bernoulli __lshift__ __rshift__ fmin fmax
     addcmul addcdiv lerp rand_like randn_like zeros_like ones_like empty_like full_like threshold digamma
     lgamma erfc erfinv polar heaviside nextafter sub_ ge_ logit softmin xlogy
 """
+_POLES = aten_names("reciprocal rsqrt log log2 log10")
 _SUMS = "add sub rsub maximum minimum"
 
 
@@ -100,7 +101,19 @@ def _prelu(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Dims:
 @register(_OTHERS)
 def _element_wise(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     sources = list(tensors(*args.values()))
+    if op_name(node).rstrip("_") in _POLES:
+        typing.poles.extend((node, source) for source in sources)
     return broadcast(typing, node, sources) if sources else None
+
+
+@register("pow")
+def _pow(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+    base, exponent = args["self"], args["exponent"]
+    if isinstance(exponent, int | float) and exponent > 0:
+        typing.effects[node] = Effect("any", (base,))
+    elif isinstance(base, fx.Node):
+        typing.poles.append((node, base))
+    return broadcast(typing, node, list(tensors(base, exponent)))
 
 
 @register(_SUMS)
@@ -135,6 +148,8 @@ def _div(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     sources = list(tensors(args["self"], args["other"]))
     if sources and sources[0] is args["self"]:
         typing.effects[node] = Effect("any", (sources[0],), role="scales")
+    if isinstance(args["other"], fx.Node):
+        typing.poles.append((node, args["other"]))
     return broadcast(typing, node, sources)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from fxcompress.analysis.axes import size_value
 from fxcompress.analysis.axis_rules import broadcast, moves, place, register
 from fxcompress.analysis.axis_typing import AxisTyping, Dims, Effect, tensors
-from fxcompress.analysis.op_arguments import describe, op_name
+from fxcompress.analysis.op_arguments import aten_names, describe, op_name
 
 
 def along(
@@ -49,6 +49,7 @@ _STATISTICS = """
     median nanmean softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp diff
     topk sort argsort max min aminmax kthvalue mode flip roll tril triu fft_fft fft_ifft count_nonzero
 """
+_ZERO_OF_ZEROS = aten_names("mean amax amin norm linalg_vector_norm cumsum std var")
 _MOVES = ("aten::flip", "aten::roll")
 
 
@@ -67,6 +68,8 @@ def _statistic(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     dims: Any = [-2, -1] if name in ("aten::tril", "aten::triu") else args.get("dims", args.get("dim"))
     for extra in tensors(args.get("prepend"), args.get("append")):
         typing.freeze_all(extra, f"{describe(node)} works along it")
+    if name in _ZERO_OF_ZEROS:
+        typing.effects[node] = Effect("any", (source,))
     reason = f"{describe(node)} works along it: a masked unit would still count"
     return along(typing, node, source, dims, reason)
 

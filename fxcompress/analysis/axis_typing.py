@@ -96,6 +96,8 @@ class AxisTyping:
     pieces: dict[fx.Node, list[Dim]] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     sums: list[tuple[fx.Node, fx.Node, Dim]] = field(default_factory=list)
+    poles: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    """Ops whose result is not finite where an operand is zero."""
     heads: list[Dim] = field(default_factory=list)
     experts: list[Dim] = field(default_factory=list)
     numbered: dict[fx.Node, Dim] = field(default_factory=dict)
@@ -230,7 +232,10 @@ def _mutates(typing: AxisTyping, node: fx.Node) -> None:
     while isinstance(target, fx.Node) and target not in typing.mutated:
         typing.mutated.add(target)
         effect = typing.effects.get(target)
-        target = effect.operands[0] if effect is not None and len(effect.operands) == 1 else None
+        if target.target is operator.getitem:
+            target = target.args[0]
+        else:
+            target = effect.operands[0] if effect is not None and len(effect.operands) == 1 else None
 
 
 def tensors(*values: Any) -> Sequence[fx.Node]:

@@ -116,6 +116,10 @@ class Judgement:
                 for axis in self.live(made.contracted(index)):
                     if not any(axis in self._zero[operand] for operand, _ in made.operands):
                         self.freeze(axis, _added(made.node))
+        for node, source in self.typing.poles:
+            if self.typing.dims.get(source) is not None:
+                for axis in self._zero[source]:
+                    self.freeze(axis, f"{describe(node)} is not finite where masking makes it zero")
         for node, source, dim in self.typing.sums:
             for axis in self.live([dim]) - self._zero[source]:
                 self.freeze(axis, _added(node))

@@ -106,6 +106,7 @@ class Plain(nn.Module):
         (lambda x: x.flip(-1), "aten::flip"),
         (lambda x: x.sigmoid() * x.sigmoid().sum(-1, keepdim=True), "aten::sum"),
         (lambda x: x.sigmoid() @ x.sigmoid().T @ x, "aten::matmul"),
+        (lambda x: x / x.view(-1, 3, 4).norm(dim=-1).repeat_interleave(4, -1), "aten::div"),
         (lambda x: torch.polygamma(1, x), "aten::polygamma"),
         (lambda x: x.view(-1, 4, 3).transpose(1, 2).reshape(-1, 12).view(-1, 4, 3).flatten(1), "aten::view"),
         (lambda x: x[:, torch.tensor([3, 1, 2] * 4)], "aten::index"),
@@ -132,6 +133,21 @@ def test_units_that_nothing_else_notices(between: Any) -> None:
     groups = find(Plain(between), torch.randn(3, 6))
     (group,) = groups.groups
     assert {("one.weight", 0), ("one.bias", 0), ("two.weight", 1)} == set(members(group))
+
+
+class Divided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.size = nn.Linear(6, 12), nn.Linear(12, 5), nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x) / self.size)
+
+
+def test_a_divisor_cannot_be_masked() -> None:
+    groups = find(Divided(), torch.randn(3, 6))
+    assert not groups.groups
+    assert "aten::div" in reason(groups, "size", 0)
 
 
 class Joined(nn.Module):
