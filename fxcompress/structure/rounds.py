@@ -92,6 +92,7 @@ class Round:
         found: The program's channel groups.
         groups: The same by name.
         decisions: Structural edits by block, once decided.
+        refused: What was left alone, and why.
         checks: Report entries of the proof.
         committed: The cut model, None before the end or when nothing was cut.
         new_plan: Of the cut program.
@@ -107,6 +108,7 @@ class Round:
         self.cost = cost_of(plan.program, plan.blocks)
         self.first_cost = first_cost or self.cost
         self.decisions: dict[int, list[StructuralEdit]] = {}
+        self.refused: list[Refuse] = []
         self.checks: list[dict[str, Any]] = []
         self.committed: Committed | None = None
         self.new_plan = plan
@@ -122,17 +124,16 @@ class Round:
             torch.manual_seed(seed)
             yield from self.item.choose(Model(self, blocks, feed, seed))
 
-    def decide(self, edits: Sequence[Edit]) -> list[Refuse]:
-        """Take the decisions, block by block; returns the refusals among them.
+    def decide(self, edits: Sequence[Edit]) -> None:
+        """Take the decisions, block by block, and the refusals among them.
 
         Raises:
             RecipeError: an edit that is none of structure, or that cannot be carried out.
         """
-        refused = []
         trial = self.state.copy()
         for edit in edits:
             if isinstance(edit, Refuse):
-                refused.append(edit)
+                self.refused.append(edit)
                 continue
             if not isinstance(edit, KeepUnits | RemoveBlock):
                 raise RecipeError(
@@ -143,7 +144,6 @@ class Round:
                 check_structural(edit, self.plan, trial, self.groups)
                 trial.apply(edit, self.item.name)
             self.decisions.setdefault(self._block(edit), []).append(edit)
-        return refused
 
     def _block(self, edit: StructuralEdit) -> int:
         """The block that carries an edit out: the first one that reads a tensor it concerns."""
@@ -163,8 +163,16 @@ class Round:
         """Cut what was masked, and prove it on ``sample`` if there is one.
 
         Raises:
+            RecipeError: the pass decided something and did not carry it out.
             VerificationError: the cut model differs from the masked one.
         """
+        for edit in (edit for edits in self.decisions.values() for edit in edits):
+            done = edit.group in state.kept if isinstance(edit, KeepUnits) else edit.name in state.removed
+            if not done:
+                raise RecipeError(
+                    f"pass {self.item.name!r}: {edit.name} was decided on, but solve() did not yield it.",
+                    fix="let solve() yield everything in block.decisions.",
+                )
         if not state.kept and not state.removed:
             return None
         self.committed = commit(self.plan, state, self.found)
