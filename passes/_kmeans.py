@@ -80,7 +80,8 @@ class _SortedRows:
         ends = torch.searchsorted(self.x, ((centroids[:, 1:] + centroids[:, :-1]) / 2).contiguous())
         rows, columns = self.x.shape
         ends = torch.cat([ends.new_zeros(rows, 1), ends, ends.new_full((rows, 1), columns)], dim=1)
-        return self.sums.gather(2, ends.expand(3, -1, -1)).diff(dim=2)
+        found: Tensor = self.sums.gather(2, ends.expand(3, -1, -1)).diff(dim=2)
+        return found
 
     def _lloyd(self, centroids: Tensor, iterations: int) -> Tensor:
         for _ in range(iterations):
@@ -96,7 +97,8 @@ class _SortedRows:
 
     def _loss(self, centroids: Tensor) -> Tensor:
         weight, first, second = self._intervals(centroids)
-        return (second - 2 * centroids * first + centroids.square() * weight).sum(1)
+        loss: Tensor = (second - 2 * centroids * first + centroids.square() * weight).sum(1)
+        return loss
 
     def _distinct(self, centroids: Tensor) -> Tensor:
         """Rows of at most C distinct values get these; what is left of their table repeats the last."""

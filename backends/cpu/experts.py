@@ -61,10 +61,10 @@ def experts_layout(inner: Layout) -> ExpertsLayout:
 def matrices(term: QuantizedWeight | CodebookWeight) -> list[Any]:
     """The term's matrices as terms of their own, ``[N, K]``."""
     batch, rows, columns = term.layout.matrix_shape
-    plain = {"shape": (rows, columns), "perm": (0, 1), "batch_dims": 0, "row_dims": 1}
+    plain: dict[str, Any] = {"shape": (rows, columns), "perm": (0, 1), "batch_dims": 0, "row_dims": 1}
     parts = {name: tensor for name, tensor in term.tensors().items() if tensor.shape[0] == batch}
     return [
-        dataclasses.replace(term, **plain, **{name: part[i : i + 1] for name, part in parts.items()})
+        dataclasses.replace(term, **plain | {name: part[i : i + 1] for name, part in parts.items()})
         for i in range(batch)
     ]
 

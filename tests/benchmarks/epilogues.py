@@ -90,10 +90,8 @@ def main() -> None:
             }
             total = sum(own.values())
             for name, seconds in own.items():
-                sys.stdout.write(
-                    f"M={tokens:<4} {form[3] or 'float':8} {name:16}"
-                    f" {seconds * 1e6:9.1f} µs {seconds / total:6.1%}\n"
-                )
+                share = f"{seconds * 1e6:9.1f} µs {seconds / total:6.1%}"
+                sys.stdout.write(f"M={tokens:<4} {form[3] or 'float':8} {name:16} {share}\n")
 
 
 if __name__ == "__main__":

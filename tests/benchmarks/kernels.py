@@ -25,10 +25,12 @@ from torch import Tensor
 from fxcompress.backends.cpu.generated import linear_form
 from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.native import ensure_kernel
-from fxcompress.backends.cpu.selection import this_machine
+from fxcompress.backends.cpu.selection import choose_kernel, this_machine
 from fxcompress.backends.cpu.tiled import kernel_group, tiled_layout
+from fxcompress.formats import CodebookFormat, pack_codes
+from fxcompress.formats.codebook import largest_magnitudes
 from fxcompress.formats.integer import IntFormat, quantize_to_term
-from fxcompress.forms import QuantizedWeight, WeightLayout
+from fxcompress.forms import CodebookWeight, QuantizedWeight, WeightLayout
 from tests.benchmarks.common import environment, write
 
 FORMS = (  # bits, symmetric, group, activation
@@ -43,6 +45,10 @@ FORMS = (  # bits, symmetric, group, activation
     (8, True, 0, None),
     (8, True, 0, "dynamic"),
 )
+
+
+TABLES = ((4, False, 64), (4, True, None), (3, True, None))  # bits, table per row, group
+"""Codebooks: NF4's form, and learned tables of 4 and 3 bits."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,25 @@ def generated(weight: Tensor, bits: int, symmetric: bool, group: int, activation
     title = form.title.removeprefix("linear-").removesuffix("-float32-float32")
     name = f"{title}, {f'groups of {group}' if group else 'per row'}"
     return Variant(name, lambda x: operator(x, *operands, number), nbytes)
+
+
+def looked_up(weight: Tensor, bits: int, per_row: bool, group: int | None, tokens: int) -> Variant:
+    """Codes that index a table, by the kernel chosen for that many tokens; any values do."""
+    rows, columns = weight.shape
+    fmt = CodebookFormat(bits, group, per_row)
+    table = torch.randn(fmt.table_shape(1, rows)).to(fmt.table_dtype)
+    codes = pack_codes(torch.randint(0, 1 << bits, (1, rows, columns), dtype=torch.uint8), bits)
+    scale = None if group is None else largest_magnitudes(weight[None], fmt)
+    term = CodebookWeight(bits, group or 0, (rows, columns), (0, 1), 0, 1, codes, table, scale)
+    sizes = (bits, True, group or 0, rows, columns, None, tokens, torch.float32)
+    spec = LinearSpec(*sizes, table="rows" if per_row else "shared")
+    kernel, text = choose_kernel(spec)
+    if kernel is None:
+        raise SystemExit(text)
+    packed = kernel.layout.pack([term])  # type: ignore[list-item]
+    name = f"t{bits}{'r' if per_row else ''}, {f'groups of {group}' if group else 'no scales'}"
+    nbytes = packed["weight"].nbytes + packed["scale"].nbytes
+    return Variant(name, lambda x: kernel.run(x, None, packed, spec), nbytes)
 
 
 def atens(weight: Tensor) -> list[Variant]:
@@ -225,9 +250,10 @@ def main() -> None:
     for shape in options.shapes:
         rows, columns = map(int, shape.split("x"))
         weight = torch.randn(rows, columns)
-        variants = [generated(weight, *form) for form in FORMS] + atens(weight) + onnx_runtime(weight)
+        fixed = [generated(weight, *form) for form in FORMS] + atens(weight) + onnx_runtime(weight)
         for tokens in options.tokens:
             x = torch.randn(tokens, columns)
+            variants = [*fixed, *(looked_up(weight, *table, tokens) for table in TABLES)]
             found = best_times(variants, x, options.seconds)
             for variant in variants:
                 seconds = found[variant.name]
