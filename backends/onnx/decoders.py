@@ -63,10 +63,9 @@ def empty_cache(model: Any) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
+    plain: Any = DynamicCache().layer_class_to_replicate
     for index, layer in enumerate(cache.layers):
-        if getattr(layer, "is_sliding", False) or set(vars(DynamicCache().layer_class_to_replicate())) != set(
-            vars(layer)
-        ):
+        if getattr(layer, "is_sliding", False) or set(vars(layer)) != set(vars(plain())):
             raise BackendError(
                 f"layer {index} keeps its state in a {type(layer).__name__}, not in growing keys and values.",
                 fix=_FIX,
