@@ -7,6 +7,7 @@ past_sequence, head_size]`` go in, ``present.N.key`` and ``.value`` with the new
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,12 +42,13 @@ class _CachedCall(nn.Module):
             layer.keys, layer.values = past_key_values[2 * index : 2 * index + 2]
             layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
             layer.is_initialized = True
+        given = {"position_ids": position_ids} if "position_ids" in parameters_of(self.model) else {}
         result = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
+            **given,
         )
         grown = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return [result.logits, *grown]
@@ -61,10 +63,9 @@ def empty_cache(model: Any) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
+    plain: Any = DynamicCache().layer_class_to_replicate
     for index, layer in enumerate(cache.layers):
-        if getattr(layer, "is_sliding", False) or set(vars(DynamicCache().layer_class_to_replicate())) != set(
-            vars(layer)
-        ):
+        if getattr(layer, "is_sliding", False) or set(vars(layer)) != set(vars(plain())):
             raise BackendError(
                 f"layer {index} keeps its state in a {type(layer).__name__}, not in growing keys and values.",
                 fix=_FIX,
@@ -158,6 +159,11 @@ def cached_inputs(
     }
 
 
+def parameters_of(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of a model's forward."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
 def _check_decoder(model: Any) -> None:
     config = getattr(model, "config", None)
     if config is None or not getattr(model, "can_generate", lambda: False)():
@@ -167,6 +173,12 @@ def _check_decoder(model: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise BackendError(
             f"{type(model).__name__} is an encoder–decoder, whose cache is not exported in this version.",
+            fix=_FIX,
+        )
+    missing = {"input_ids", "attention_mask", "past_key_values", "use_cache"} - parameters_of(model)
+    if missing:
+        raise BackendError(
+            f"{type(model).__name__} takes no {', '.join(sorted(missing))}: it keeps another kind of cache.",
             fix=_FIX,
         )
 

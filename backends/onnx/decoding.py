@@ -32,14 +32,15 @@ class Decoding(Rewriting):
         )
 
     def _embedding(self, node: fx.Node) -> None:
-        ids, codes, scale, zero, bits, group_size, columns, dtype = node.args
+        arguments: tuple[Any, ...] = node.args
+        ids, codes, scale, zero, bits, group_size, columns, dtype = arguments
         assert isinstance(codes, fx.Node)
-        rows = self.constants.value(codes).shape[1]
-        layout = WeightLayout.rows((rows, columns))  # type: ignore[arg-type]
-        packed = Packed(*map(self.constants.value, (codes, scale, zero)), bits, group_size, layout)  # type: ignore[arg-type]
+        value = self.constants.value
+        layout = WeightLayout.rows((value(codes).shape[1], columns))
+        packed = Packed(value(codes), value(scale), value(zero), bits, group_size, layout)
         check_dtype(self.names.get(node, node.name), dtype)
         block = None if self.portable else block_size(packed)
-        if block is not None and (bits <= 4 or self.constants.has((codes, "blocks"))):  # type: ignore[operator]
+        if block is not None and (bits <= 4 or self.constants.has((codes, "blocks"))):
             name = self.note(node, "GatherBlockQuantized")
             b, scales, zeros, width = self.blocks(name, codes, packed, block, dtype)
             with self.graph.inserting_before(node):
@@ -49,7 +50,7 @@ class Decoding(Rewriting):
             self.replace(node, new)
             return
         matrix = signed_matrix(packed)
-        if matrix is None or bits <= 4:  # type: ignore[operator]
+        if matrix is None or bits <= 4:
             self.note(node, "Gather of packed rows, decoded by plain operators")
             return  # the operator's own definition: rows are unpacked after the look-up
         name = self.note(node, "Gather of int8 rows")
@@ -75,13 +76,14 @@ class Decoding(Rewriting):
     def _dequantize(self, node: fx.Node) -> None:
         packed = self.packed_of(node)
         assert packed is not None
-        name, dtype, codes = self.note(node, "DequantizeLinear"), node.args[-1], node.args[0]
+        arguments: tuple[Any, ...] = node.args
+        name, dtype, codes = self.note(node, "DequantizeLinear"), arguments[-1], arguments[0]
         found = codes_of(packed)
         four = {"four_bits": found.four_bits}
         q = self.constants.add((codes, "linear"), f"{name}.codes", lambda: found.codes, **four)
         s = self.constants.add(
             (codes, "linear scales", dtype), f"{name}.scale", lambda: found.scale.to(dtype)
-        )  # type: ignore[arg-type]
+        )
         zero = found.zero
         z = (
             zero
@@ -95,15 +97,16 @@ class Decoding(Rewriting):
         self.replace(node, new)
 
     def _dequantize_float(self, node: fx.Node) -> None:
-        codes, scale, block_rows, block_columns, shape, perm, batch_dims, row_dims, dtype = node.args
+        arguments: tuple[Any, ...] = node.args
+        codes, scale, block_rows, block_columns, shape, perm, batch_dims, row_dims, dtype = arguments
         name = self.note(node, "DequantizeLinear of 8-bit floats")
         check_dtype(name, dtype)
-        layout = WeightLayout(tuple(shape), tuple(perm), batch_dims, row_dims)  # type: ignore[arg-type]
+        layout = WeightLayout(tuple(shape), tuple(perm), batch_dims, row_dims)
         batch, rows, columns = layout.matrix_shape
         values, factors = self.constants.value(codes), self.constants.value(scale)
         if block_rows != 1:
-            factors = factors.repeat_interleave(block_rows or rows, 1)[:, :rows]  # type: ignore[operator]
-        per_row = not block_columns or block_columns >= columns  # type: ignore[operator]
+            factors = factors.repeat_interleave(block_rows or rows, 1)[:, :rows]
+        per_row = not block_columns or block_columns >= columns
         if per_row and batch == 1 and layout.row_dims == 1:
             dense, axis, block = layout.from_matrix(values).contiguous(), layout.perm[layout.batch_dims], 0
             factors = factors.reshape(-1)

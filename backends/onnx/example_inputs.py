@@ -51,7 +51,8 @@ def resized(program: Program, flat: Sequence[Any]) -> list[Any] | None:
         if not isinstance(value, Tensor) or not isinstance(fake, Tensor):
             result.append(value)
             continue
-        for dim, size in enumerate(fake.shape):
+        symbolic: tuple[Any, ...] = tuple(fake.shape)
+        for dim, size in enumerate(symbolic):
             if isinstance(size, torch.SymInt) and str(size).isidentifier():
                 wanted = sizes.setdefault(str(size), value.shape[dim] + 3)
                 value = _extended(value, dim, wanted)

@@ -128,6 +128,7 @@ def first_divergence(
     recorder = _Recorder(program.graph_module)
     recorder.run(*_arguments(program, flat))
     values = {v.name: v for node in model.graph for v in node.outputs if v.name in recorder.values}
+    kinds = {v.name: node.op_type for node in model.graph for v in node.outputs}
     names = [name for name in recorder.values if name in values]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "all.onnx"
@@ -142,7 +143,7 @@ def first_divergence(
         found = dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))
     worst = ("none of the intermediate values", 0.0)
     for name in wanted:
-        expected, kind = recorder.values[name].to(torch.float64), values[name].producer().op_type
+        expected, kind = recorder.values[name].to(torch.float64), kinds[name]
         got = torch.from_numpy(np.ascontiguousarray(found[name])).to(torch.float64)
         if got.shape != expected.shape:
             return f"{name} ({kind}): shape {tuple(got.shape)}, not {tuple(expected.shape)}"

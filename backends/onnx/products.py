@@ -164,7 +164,7 @@ class Products(Rewriting):
         s = self.constants.add(
             (codes, "turned scales", dtype), f"{name}.scale_kn", lambda: scale.to(dtype).contiguous()
         )
-        z = points
+        z: fx.Node | None = None
         if points is not None:
             z = self.constants.add(
                 (codes, "turned zeros"),

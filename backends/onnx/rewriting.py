@@ -70,10 +70,12 @@ class Rewriting:
         """The weight that a ``dequantize_weight`` node decodes, or None for any other node."""
         if not isinstance(node, fx.Node) or node.target is not fxc.dequantize_weight.default:
             return None
-        codes, scale, zero, bits, group_size, shape, perm, batch_dims, row_dims, dtype = node.args
+        arguments: tuple[Any, ...] = node.args
+        codes, scale, zero, bits, group_size, shape, perm, batch_dims, row_dims, dtype = arguments
         check_dtype(self.names.get(node, node.name), dtype)
-        layout = WeightLayout(tuple(shape), tuple(perm), batch_dims, row_dims)  # type: ignore[arg-type]
-        return Packed(*map(self.constants.value, (codes, scale, zero)), bits, group_size, layout)  # type: ignore[arg-type]
+        layout = WeightLayout(tuple(shape), tuple(perm), batch_dims, row_dims)
+        value = self.constants.value
+        return Packed(value(codes), value(scale), value(zero), bits, group_size, layout)
 
     def blocks(self, name: str, codes: fx.Node, packed: Packed, block: int, dtype: Any) -> tuple[Any, ...]:
         """``(data, scales, zeros or None, bits)`` of the weight in blocks."""

@@ -16,6 +16,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from fxcompress.backends.onnx.fusions import spell_for_fusion
 from fxcompress.backends.onnx.rewriting import Lowered
 from fxcompress.backends.onnx.translation import DOMAIN, translation_table
 from fxcompress.capture.export import user_line
@@ -103,6 +104,7 @@ def translate(
         assert made.exported_program is not None
         model = made.model
         optimizer.optimize(model)
+        spell_for_fusion(model)
     _finish(model, lowered, input_names, output_names, dimensions)
     return Translated(model, made.exported_program)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from onnx.defs import OpSchema
 from onnxscript import FLOAT, INT8, INT32, INT64, UINT8, values
-from onnxscript.onnx_opset import opset21 as onnx
+from onnxscript.onnx_opset import opset21
 
 from fxcompress.backends.onnx.operators import ops
 
 __all__ = ["DOMAIN", "translation_table"]
+
+onnx: Any = opset21  # its methods are typed for eager arrays
 
 DOMAIN = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
@@ -37,9 +39,9 @@ def _runtime_operator(name: str, inputs: str, outputs: str, **attributes: str) -
 
     def parameter(text: str) -> OpSchema.FormalParameter:
         label, _, kind = text.partition(":")
-        option = OpSchema.FormalParameterOption.Optional if kind.endswith("?") else None
-        given = {} if option is None else {"param_option": option}
-        return OpSchema.FormalParameter(label, kind.rstrip("?"), **given)
+        options = OpSchema.FormalParameterOption
+        option = options.Optional if kind.endswith("?") else options.Single
+        return OpSchema.FormalParameter(label, kind.rstrip("?"), param_option=option)
 
     described = [parameter(text) for text in inputs.split()], [parameter(text) for text in outputs.split()]
     kinds = sorted({text.partition(":")[2].rstrip("?") for text in f"{inputs} {outputs}".split()})
@@ -91,7 +93,7 @@ def _matmul_nbits(
     block: int,
     accuracy: int,
 ) -> FLOAT:
-    return _MATMUL_NBITS(
+    return _MATMUL_NBITS(  # type: ignore[no-any-return]
         x, b, scales, zeros, None, bias, K=K, N=N, bits=bits, block_size=block, accuracy_level=accuracy
     )
 
@@ -107,21 +109,21 @@ def _gather_nbits(
     if K % block:  # the last block is padded
         first, last, width = (onnx.Constant(value_ints=[number]) for number in (0, -1, K))
         rows = onnx.Slice(rows, first, width, last)
-    return rows
+    return rows  # type: ignore[no-any-return]
 
 
 def _matmul_integer(a: INT8, b: INT8, zero: INT8 | None) -> INT32:
-    return onnx.MatMulInteger(a, b, None, zero)
+    return onnx.MatMulInteger(a, b, None, zero)  # type: ignore[no-any-return]
 
 
 def _quantize_linear(x: FLOAT, scale: FLOAT, zero: UINT8, axis: int) -> UINT8:
-    return onnx.QuantizeLinear(x, scale, zero, axis=axis)
+    return onnx.QuantizeLinear(x, scale, zero, axis=axis)  # type: ignore[no-any-return]
 
 
 def _dequantize_linear(q: INT8, scale: FLOAT, zero: INT8 | None, axis: int, block: int) -> FLOAT:
     if block > 0:
-        return onnx.DequantizeLinear(q, scale, zero, axis=axis, block_size=block)
-    return onnx.DequantizeLinear(q, scale, zero, axis=axis)
+        return onnx.DequantizeLinear(q, scale, zero, axis=axis, block_size=block)  # type: ignore[no-any-return]
+    return onnx.DequantizeLinear(q, scale, zero, axis=axis)  # type: ignore[no-any-return]
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -103,6 +103,24 @@ def test_convolutions_between_quantizers_run_as_integers(tmp_path: Path) -> None
     assert max(p.relative for p in report.parity) < 0.02
 
 
+class Normalised(nn.Module):
+    """A root-mean-square normalisation in front of a linear, as decoders spell it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 96))
+        self.linear = nn.Linear(96, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)))
+
+
+def test_normalisations_run_as_one_kernel(tmp_path: Path) -> None:
+    small = compressed(Normalised().eval(), "w8a16", ROWS)
+    report = small.export_onnx(tmp_path / "m.onnx", example_inputs=ROWS)
+    assert report.kernels == {"MatMulNBits": 1, "SimplifiedLayerNormalization": 1}
+
+
 def test_weights_of_convolutions_stay_quantized(tmp_path: Path) -> None:
     small = compressed(enlivened(Pictures()), weights(bits=8), PICTURES)
     report = small.export_onnx(tmp_path / "m.onnx", example_inputs=PICTURES)
