@@ -104,8 +104,8 @@ def activation_cases() -> dict[str, Case]:
 def structured_cases() -> dict[str, Case]:
     """Fewer block parameters by every method, as they are and with what reads the cut units refitted.
 
-    Channels of feed-forward layers compete within each layer, FLAP's over all layers; heads stay, of which the
-    model has too few to choose from. Blocks are removed to the nearest number of whole blocks.
+    Channels of feed-forward layers compete within each layer, FLAP's over all layers; heads stay, of which
+    the model has too few to choose from. Blocks are removed to the nearest number of whole blocks.
     """
     found: dict[str, Case] = {}
     methods = {
