@@ -182,7 +182,15 @@ class Report:
         """Rows of repeated blocks together: names that differ in numbers only, all else the same."""
         grouped: dict[tuple[Any, ...], list[WeightRow]] = {}
         for row in self.rows:
-            key = (re.sub(r"\d+", "*", row.name), row.shape, row.dtype, row.form, row.passes, row.reason)
+            key = (
+                re.sub(r"\d+", "*", row.name),
+                row.shape,
+                row.dtype,
+                row.form,
+                row.passes,
+                row.reason,
+                row.cut,
+            )
             grouped.setdefault(key, []).append(row)
         return [(_pattern([row.name for row in rows]), rows) for rows in grouped.values()]
 
@@ -193,6 +201,8 @@ class Report:
             f"total: {before:.2f} MB -> {after:.2f} MB ({totals['ratio']:.2f}x),"
             f" {totals['compressed']} of {totals['parameters']} parameters compressed"
         ]
+        if self.structure:
+            lines += _structure_lines(self.structure)
         if self.relative_error is not None:
             scored = f", KL {self.kl:.3e} nats per token" if self.kl is not None else ""
             lines.append(f"end to end: relative error {self.relative_error:.3e}{scored}")
@@ -204,19 +214,42 @@ class Report:
         return lines
 
 
+def _structure_lines(structure: Mapping[str, Any]) -> list[str]:
+    """What was cut, in words."""
+    before, after = structure["before"], structure["after"]
+    counts = [
+        f"{before[key]:.4g} -> {after[key]:.4g} {words} ({after[key] / before[key] - 1:+.1%})"
+        for key, words in (
+            ("parameters", "parameters"),
+            ("flops", f"operations per {before['tokens']} tokens"),
+        )
+        if before[key]
+    ]
+    removed = [entry for made in structure["rounds"] for entry in made["removed"]]
+    lines = [f"structure: {', '.join(counts)}"]
+    if removed:
+        lines.append(f"removed: {', '.join(removed)}")
+    return lines + ([f"module: {structure['module']}"] if "module" in structure else [])
+
+
 def _cells(rows: Sequence[WeightRow]) -> list[str]:
     first = rows[0]
     errors = [row.error for row in rows if row.error is not None]
     shown = f"{max(errors):.1e}" if errors else ""
     return [
         str(len(rows)),
-        "×".join(map(str, first.shape)) or "scalar",
+        _shape(first),
         first.form,
         f"{sum(row.bytes_before for row in rows) / 1e6:.2f}",
         f"{sum(row.bytes_after for row in rows) / 1e6:.2f}",
         shown,
         "; ".join(filter(None, (", ".join(first.passes), first.reason if first.form == "kept" else ""))),
     ]
+
+
+def _shape(row: WeightRow) -> str:
+    before = "×".join(map(str, row.shape)) or "scalar"
+    return f"{before} → {'×'.join(map(str, row.cut))}" if row.cut else before
 
 
 def _pattern(names: Sequence[str]) -> str:

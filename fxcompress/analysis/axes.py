@@ -121,7 +121,10 @@ class Axes:
         if not leaves or leaves[0].parts is None:
             return [tuple(leaves)]
         rest = tuple(leaves[1:])
-        return [piece for part in leaves[0].parts for piece in self.segments((*part, *rest))]
+        pieces = [piece for part in leaves[0].parts for piece in self.segments((*part, *rest))]
+        if not rest:
+            leaves[0].parts = tuple(pieces)  # nested ones flattened, so that the depth stays small
+        return pieces
 
     @staticmethod
     def size(dim: Dim) -> Size:
@@ -154,6 +157,7 @@ class Axes:
 
     def concat(self, parts: Sequence[Dim]) -> Dim:
         """The dimension in which the parts lie one after the other."""
+        parts = [part for part in parts if self.size(part) != 0] or list(parts[:1])
         if len(parts) == 1:
             return parts[0]
         total: Size = 0
@@ -169,10 +173,13 @@ class Axes:
         queue = deque(self.segments(dim))
         pieces: list[Dim] = []
         for size in sizes:
+            if size == 0:
+                pieces.append(self.new(0))
+                continue
             taken: list[Dim] = []
             while size != 0 and queue:
                 self.operations += 1
-                part = queue.popleft()
+                part = self._next(queue)
                 held = self.size(part)
                 if not isinstance(held, int) or not isinstance(size, int):
                     if held != size:
@@ -214,7 +221,10 @@ class Axes:
         return result
 
     def unify(self, one: Dim, two: Dim, reason: str) -> None:
-        """Both dimensions are cut alike; freezes both when they cannot be."""
+        """Both dimensions are cut alike; what does not fit is frozen.
+
+        Outer axes that fit stay aligned whatever lies inside, because the sizes of both are equal.
+        """
         if one == two:
             return
         left, right = deque(self.leaves(one)), deque(self.leaves(two))
@@ -226,6 +236,8 @@ class Axes:
                 right.extendleft(reversed(self.leaves((b,))))
             elif a.size == b.size:
                 if not self._same(a, b, reason):
+                    left.append(a)
+                    right.append(b)
                     break
             elif self._split(a, b.size):
                 left.extendleft(reversed(self.leaves((a,))))
@@ -235,12 +247,10 @@ class Axes:
                 left.appendleft(a)
             else:
                 left.append(a)
+                right.append(b)
                 break
-        else:
-            if not left and not right:
-                return
-        self.freeze(one, reason)
-        self.freeze(two, reason)
+        self.freeze(tuple(left), reason)
+        self.freeze(tuple(right), reason)
 
     # -- binding -------------------------------------------------------------------------------------------
 
@@ -256,7 +266,7 @@ class Axes:
         a.parent = b
         while left and right:
             self.operations += 1
-            one, two = left.popleft(), right.popleft()
+            one, two = self._next(left), self._next(right)
             size, other_size = self.size(one), self.size(two)
             if size != other_size:
                 if not isinstance(size, int) or not isinstance(other_size, int):
@@ -274,6 +284,12 @@ class Axes:
                     right.extendleft(reversed(rest))
             self.unify(one, two, reason)
         return True
+
+    def _next(self, queue: deque[Dim]) -> Dim:
+        """Take the first piece of a concatenation, which may have become one itself."""
+        first, *rest = self.segments(queue.popleft())
+        queue.extendleft(reversed(rest))
+        return first
 
     def _split(self, axis: Axis, outer: Size) -> bool:
         """Bind an axis to a product whose first factor has size ``outer``; False when that is impossible."""

@@ -285,6 +285,9 @@ def _slice(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
         typing.axes.freeze(held[index], reason)
         held[index] = typing.axes.new_frozen(kept, reason)
         return held
+    if kept == 0:  # empty whatever is cut
+        held[index] = typing.axes.new(0)
+        return held
     start = min(place(start, size), size)
     if step != 1:
         return _stride(typing, held, index, (size, kept, start, step), reason)

@@ -67,6 +67,7 @@ def _grouped_product(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) ->
     reason = f"{describe(node)} deals its rows by data"
     typing.axes.freeze(typing.of(rows)[0], reason)
     typing.axes.freeze(typing.of(matrices)[0], reason)
+    typing.experts.append(typing.of(matrices)[0])
     for offsets in rest:
         typing.freeze_all(offsets, reason)
     return product(typing, node, [(rows, ["t", "k"]), (matrices, ["e", "k", "n"])], ["t", "n"])

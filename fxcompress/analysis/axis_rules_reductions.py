@@ -142,6 +142,15 @@ def _scatter(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     return typing.fresh(node, reason)
 
 
+@register("view_as_complex view_as_real")
+def _complex(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+    held = moves(typing, node, args)
+    if op_name(node) == "aten::view_as_real":
+        return [*held, typing.axes.new_frozen(2, f"{describe(node)} takes numbers apart")]
+    typing.axes.freeze(held.pop(), f"{describe(node)} makes one number of it")
+    return held
+
+
 # -- creation ------------------------------------------------------------------------------------------
 
 
@@ -153,9 +162,19 @@ def _create(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     return result
 
 
-@register("arange linspace eye scalar_tensor tril_indices triu_indices rand randn hann_window")
-def _numbered(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+@register("arange linspace")
+def _arange(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+    """Slopes of heads are computed from their numbers; the numbers of those that stay are picked."""
+    (size,) = typing.shape(node)
+    if isinstance(size, int):
+        typing.numbered[node] = typing.axes.new(size)
+        return [typing.numbered[node]]
     return typing.fresh(node, f"{describe(node)} numbers its elements")
+
+
+@register("eye scalar_tensor tril_indices triu_indices rand randn hann_window")
+def _fixed(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+    return typing.fresh(node, f"{describe(node)} makes values that depend on the place")
 
 
 # -- pooling -------------------------------------------------------------------------------------------

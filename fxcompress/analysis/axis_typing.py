@@ -97,6 +97,9 @@ class AxisTyping:
     products: list[Product] = field(default_factory=list)
     sums: list[tuple[fx.Node, fx.Node, Dim]] = field(default_factory=list)
     heads: list[Dim] = field(default_factory=list)
+    experts: list[Dim] = field(default_factory=list)
+    numbered: dict[fx.Node, Dim] = field(default_factory=dict)
+    """Vectors of fixed values along an axis; cutting the axis picks from them."""
     effects: dict[fx.Node, Effect] = field(default_factory=dict)
     mutated: set[fx.Node] = field(default_factory=set)
     constant: set[fx.Node] = field(default_factory=set)

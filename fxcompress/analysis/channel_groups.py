@@ -18,9 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxcompress.analysis.axes import Axis, Dim
 from fxcompress.analysis.axis_typing import AxisTyping, type_axes
@@ -28,6 +26,7 @@ from fxcompress.analysis.blocks import Block, find_blocks
 from fxcompress.analysis.channel_group import ChannelGroup, GroupMember, Kind
 from fxcompress.analysis.group_roles import find_kinds, find_roles
 from fxcompress.analysis.unit_masking import Judgement
+from fxcompress.analysis.unit_positions import unit_positions
 from fxcompress.capture.program import Program
 
 __all__ = ["ChannelGroups", "find_channel_groups"]
@@ -97,14 +96,18 @@ def find_channel_groups(program: Program, blocks: list[Block] | None = None) -> 
         if not any(roles.get((name, dim, axis)) == "produces" for name, dim in places):
             judgement.freeze(axis, "no parameter computes it")
     _keep_heads_whole(typing, judgement, kinds)
-    where = _Positions(typing)
     block_of = _blocks_of_weights(typing, find_blocks(program.graph) if blocks is None else blocks)
     groups: list[ChannelGroup] = []
     frozen: list[ChannelGroup] = []
     axes: dict[str, Axis] = {}
     for axis, places in found.items():
         members = tuple(
-            GroupMember(name, dim, where.units(name, dim, axis), roles.get((name, dim, axis), "scales"))
+            GroupMember(
+                name,
+                dim,
+                unit_positions(typing.axes, typing.weights[name][dim], axis),
+                roles.get((name, dim, axis), "scales"),
+            )
             for name, dim in places
         )
         named = next((member for member in members if member.role == "produces"), members[0])
@@ -154,49 +157,6 @@ def _keep_heads_whole(typing: AxisTyping, judgement: Judgement, kinds: dict[Axis
     for dims in typing.weights.values():
         for dim in dims:
             visit(dim)
-
-
-class _Positions:
-    """Where units lie along a dimension."""
-
-    def __init__(self, typing: AxisTyping) -> None:
-        self.axes = typing.axes
-        self.weights = typing.weights
-
-    def units(self, name: str, dim: int, axis: Axis) -> Tensor:
-        """``[units, width]`` positions of an axis along a dimension of a weight."""
-        labels = self._labels(self.weights[name][dim], axis)
-        assert labels is not None
-        order = np.argsort(labels, kind="stable")
-        return torch.from_numpy(order[int((labels < 0).sum()) :].reshape(axis.units, -1))
-
-    def _labels(self, dim: Dim, axis: Axis) -> np.ndarray | None:  # type: ignore[type-arg]
-        """Unit at every position, -1 where there is none; None without any."""
-        leaves = self.axes.leaves(dim)
-        sizes = [leaf.units for leaf in leaves]
-        for place, leaf in enumerate(leaves):
-            own = self._leaf(leaf, axis)
-            if own is not None:
-                shape = [1] * len(sizes)
-                shape[place] = sizes[place]
-                return np.broadcast_to(own.reshape(shape), sizes).reshape(-1)
-        return None
-
-    def _leaf(self, leaf: Axis, axis: Axis) -> np.ndarray | None:  # type: ignore[type-arg]
-        if leaf is axis:
-            return np.arange(leaf.units, dtype=np.int64)
-        if leaf.parts is None:
-            return None
-        found = [self._labels(part, axis) for part in leaf.parts]
-        if all(labels is None for labels in found):
-            return None
-        sizes = [self.axes.count(part) for part in leaf.parts]
-        return np.concatenate(
-            [
-                np.full(size, -1, dtype=np.int64) if labels is None else labels
-                for labels, size in zip(found, sizes, strict=True)
-            ]
-        )
 
 
 def _blocks_of_weights(typing: AxisTyping, blocks: list[Block]) -> dict[str, int]:

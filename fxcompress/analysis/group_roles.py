@@ -85,11 +85,19 @@ def find_kinds(typing: AxisTyping, judgement: Judgement) -> dict[Axis, Kind]:
         constant = [operand in typing.constant for operand, _ in made.operands]
         if "conv" in op_name(made.node) or not made.kept:
             continue
+        for alone, (_, dims) in zip(constant, made.operands, strict=True):
+            if alone and len(dims) > 2:  # a stack of matrices
+                stack = next(iter(dims.values()))
+                for axis in judgement.atoms(stack):
+                    kinds.setdefault(axis, "experts")
         kind: Kind = "experts" if any(constant) else "heads"
         for dim in made.batch() if not all(constant) else ():
             for axis in judgement.atoms(dim):
                 if isinstance(axis.size, int) and kinds.get(axis) != "heads":
                     kinds[axis] = kind
+    for dim in typing.experts:
+        for axis in judgement.atoms(dim):
+            kinds.setdefault(axis, "experts")
     for dim in typing.heads:
         for axis in judgement.atoms(dim):
             kinds[axis] = "heads"

@@ -33,6 +33,7 @@ class Judgement:
         for dim, reason in typing.axes.frozen:
             for axis in self.atoms(dim):
                 self.freeze(axis, reason)
+        self._find_repeated()
         self._find_zeros()
         self._judge()
 
@@ -56,6 +57,22 @@ class Judgement:
         """The axis stays whole; the first reason is kept, unless the model's output is one."""
         if axis not in self.reasons or reason == _OUTPUT:
             self.reasons[axis] = reason
+
+    def _find_repeated(self) -> None:
+        """An axis that occurs twice in one dimension has no slices of its own there."""
+        for dims in self.typing.weights.values():
+            for dim in dims:
+                self._check_product(dim)
+
+    def _check_product(self, dim: Dim) -> None:
+        seen: set[Axis] = set()
+        for leaf in self.typing.axes.leaves(dim):
+            own = self.atoms((leaf,))
+            for axis in own & seen:
+                self.freeze(axis, "it occurs twice in one dimension")
+            seen |= own
+            for part in leaf.parts or ():
+                self._check_product(part)
 
     def _find_zeros(self) -> None:
         typing = self.typing

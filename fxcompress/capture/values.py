@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -25,7 +26,8 @@ def infer_values(graph: fx.Graph) -> None:
     if mode is None:
         return
     known: dict[Any, Any] = {}
-    with mode, torch.no_grad():
+    # Some ops compute their type with operators on symbolic sizes, which only Python's dispatcher serves.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         for node in graph.nodes:
             if node.op != "call_function" or "val" in node.meta:
                 continue

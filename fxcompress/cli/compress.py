@@ -66,6 +66,14 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a compressed model at OUT.")
     ] = False,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="Save a checkpoint that transformers loads without fxcompress (pruned models with dense"
+            " weights).",
+        ),
+    ] = False,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -74,7 +82,7 @@ def compress(
     from fxcompress.hf import load_hf_model
 
     chosen = fxcompress.Recipe.load(recipe)
-    check_target(output, overwrite=overwrite)
+    check_target(output, overwrite=overwrite and not plain)
     if is_artifact(model):
         raise RecipeError(
             f"{model}: is already compressed.", fix="compress the original with one longer recipe."
@@ -99,7 +107,10 @@ def compress(
     )
     seconds = time.perf_counter() - started
     del loaded
-    small.save(output, overwrite=overwrite)
+    if plain:
+        small.save_pretrained(output)
+    else:
+        small.save(output, overwrite=overwrite)
     summary = {
         "output": str(output),
         "seconds": round(seconds, 1),

@@ -10,6 +10,7 @@ Three ways, in this order, each proven by running the result:
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +28,15 @@ from fxcompress.structure.commit import Committed
 from fxcompress.structure.configuration import changed_content, config_content, find_configuration
 from fxcompress.structure.module import apply_structure
 from fxcompress.structure.program_module import ProgramModule, describe_call
-from fxcompress.structure.proof import cache_shapes, call_of, generation_differs, outputs_differ
+from fxcompress.structure.proof import (
+    cache_shapes,
+    call_of,
+    generation_differs,
+    outputs_differ,
+    shapes_differ,
+)
 from fxcompress.structure.record import StoredTensor, Structure, follow
-from fxcompress.structure.sizes import all_sizes, lengths_of, pattern
+from fxcompress.structure.sizes import all_sizes, lengths_of, pattern, uneven
 
 __all__ = ["Built", "build_cut_module"]
 
@@ -100,6 +107,11 @@ class _Builder:
         main = kwargs.get(str(getattr(model, "main_input_name", "")))
         self.ids = main[:1, :8] if isinstance(main, Tensor) and main.dim() == 2 else None
 
+    @functools.cached_property
+    def traceable(self) -> bool:
+        """Whether the original runs on shapes alone; models that branch on data do not."""
+        return not shapes_differ(self.model, self.program, self.flat)
+
     def build(self) -> Built:
         """Try the three ways."""
         reasons = []
@@ -130,6 +142,8 @@ class _Builder:
         identity = identity_of(self.model)
         if identity.kind != "transformers" or self.structure.buffers:
             return ""
+        if uneven(self.sizes):
+            return "layers were cut to sizes of their own"
         wanted = {}
         for name, tensor, _ in stored_tensors(self.model):
             new = follow(name, self.changes)
@@ -212,6 +226,8 @@ class _Builder:
 
     def _wrong(self, module: nn.Module) -> str:
         wrong = outputs_differ(module, self.program, self.flat, self.expected)
+        if not wrong and self.traceable:
+            wrong = shapes_differ(module, self.program, self.flat)
         if wrong or self.ids is None:
             return wrong
         return generation_differs(module, self.model, self.ids)

@@ -14,7 +14,8 @@ from fxcompress.analysis.axes import Axis
 from fxcompress.analysis.axis_typing import SizeLiteral
 from fxcompress.analysis.channel_group import ChannelGroup
 from fxcompress.analysis.channel_groups import ChannelGroups
-from fxcompress.analysis.op_arguments import describe, replace_argument
+from fxcompress.analysis.op_arguments import arguments, describe, replace_argument
+from fxcompress.analysis.unit_positions import unit_positions
 from fxcompress.capture.program import Program
 from fxcompress.capture.values import infer_values
 from fxcompress.compat import fake_mode_of
@@ -46,6 +47,7 @@ def cut_program(program: Program, groups: ChannelGroups, kept: Mapping[str, Tens
     for literal in groups.typing.literals:
         _rewrite(groups, literal, twin, counts)
     _rewrite_splits(groups, twin, counts)
+    _pick_numbers(groups, twin, {groups.axes[group.name]: units for group, units in chosen})
     weights = {**program.weights, **cut_weights(program, groups, kept)}
     small = replace(copied, weights=weights)
     _infer(program, small, groups, twin, counts)
@@ -178,15 +180,38 @@ def _rewrite_splits(
         if sizes == [groups.static_size(piece, {}) for piece in pieces]:
             continue
         node = twin[old]
-        dim = _argument(old, "dim")
+        dim = arguments(old)["dim"]
         node.target = torch.ops.aten.split_with_sizes.default
         node.args, node.kwargs = (node.args[0], sizes, dim), {}
 
 
-def _argument(node: fx.Node, name: str) -> Any:
-    from fxcompress.analysis.op_arguments import arguments
-
-    return arguments(node)[name]
+def _pick_numbers(
+    groups: ChannelGroups, twin: Mapping[fx.Node, fx.Node], kept: Mapping[Axis, Tensor]
+) -> None:
+    """Of a vector of numbers along a cut axis, those stay whose units do: slices, put together again."""
+    axes = groups.typing.axes
+    for old, dim in groups.typing.numbered.items():
+        stays = torch.ones(axes.count(dim), dtype=torch.bool)
+        for axis in set(axes.variables(dim)) & kept.keys():
+            gone = torch.ones(axis.units, dtype=torch.bool)
+            gone[kept[axis]] = False
+            stays[unit_positions(axes, dim, axis)[gone].flatten()] = False
+        if bool(stays.all()):
+            continue
+        node = twin[old]
+        places = stays.nonzero().flatten()
+        runs = torch.tensor_split(places, (places.diff() != 1).nonzero().flatten() + 1)
+        graph, users = node.graph, list(node.users)
+        with graph.inserting_after(node):
+            picked = graph.call_function(torch.ops.aten.cat.default, ([],))
+        with graph.inserting_before(picked):
+            pieces = [
+                graph.call_function(torch.ops.aten.slice.Tensor, (node, 0, int(run[0]), int(run[-1]) + 1))
+                for run in runs
+            ]
+        picked.args = (pieces,)
+        for user in users:
+            user.replace_input_with(node, picked)
 
 
 def _infer(
@@ -215,6 +240,8 @@ def _infer(
                     new.meta["val"] = torch.empty_strided(
                         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
                     )
+        elif old in typing.numbered:  # itself stays whole; what is picked from it is new
+            continue
         elif old.op == "call_function":
             new.meta.pop("val", None)
         else:

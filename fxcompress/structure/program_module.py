@@ -8,10 +8,11 @@ generate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.artifact.storage import dtype_name
@@ -20,6 +21,19 @@ from fxcompress.errors import ArtifactError, FxCompressError
 from fxcompress.structure.record import CallInput
 
 __all__ = ["ProgramModule", "describe_call", "example_call"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """What copies of a module have in common: the graph and the form of its call; all read only."""
+
+    graph: fx.GraphModule
+    in_spec: pytree.TreeSpec | None
+    out_spec: pytree.TreeSpec | None
+    keys: tuple[str, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
 
 
 class ProgramModule(nn.Module):
@@ -42,9 +56,8 @@ class ProgramModule(nn.Module):
         for node in program.placeholders():
             name = program.weight_of.get(node.name, "")
             self._names.append(("weight", held[name]) if name else ("input", str(order[node.name])))
-        self._in_spec, self._out_spec = program.in_spec, program.out_spec
-        self._graphs = (program.graph_module,)  # in a tuple: it is no submodule, and has no parameters
-        self._keys = () if program.in_spec is None else tuple(program.in_spec.child(1).context or ())
+        keys = () if program.in_spec is None else tuple(program.in_spec.child(1).context or ())
+        self._shared = _Shared(program.graph_module, program.in_spec, program.out_spec, keys)
 
     def _hold(self, name: str, tensor: Tensor, parameter: bool, persistent: bool) -> None:
         *path, key = name.split(".")
@@ -60,18 +73,19 @@ class ProgramModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The graph on the inputs of the captured call; the same arguments must be given."""
-        if self._in_spec is None:
+        shared = self._shared
+        if shared.in_spec is None:
             flat = [*args, *kwargs.values()]
         else:
-            if set(kwargs) != set(self._keys):
+            if set(kwargs) != set(shared.keys):
                 raise FxCompressError(
-                    f"this model runs as a graph that takes {list(self._keys)}, found {sorted(kwargs)}.",
+                    f"this model runs as a graph that takes {list(shared.keys)}, found {sorted(kwargs)}.",
                     fix="call it as it was captured.",
                 )
-            flat = pytree.tree_leaves((args, {key: kwargs[key] for key in self._keys}))
+            flat = pytree.tree_leaves((args, {key: kwargs[key] for key in shared.keys}))
         call = [flat[int(where)] if kind == "input" else self._at(where) for kind, where in self._names]
-        out = self._graphs[0](*call)
-        return list(out) if self._out_spec is None else pytree.tree_unflatten(list(out), self._out_spec)
+        out = list(shared.graph(*call))
+        return out if shared.out_spec is None else pytree.tree_unflatten(out, shared.out_spec)
 
     def _at(self, name: str) -> Any:
         found: Any = self

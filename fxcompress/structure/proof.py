@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxcompress.capture.program import Program
 from fxcompress.verify import relative_difference
 
-__all__ = ["cache_shapes", "call_of", "generation_differs", "outputs_differ"]
+__all__ = ["cache_shapes", "call_of", "generation_differs", "outputs_differ", "shapes_differ"]
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative difference of an output by dtype: the same operations, in another order at most."""
@@ -50,6 +53,37 @@ def outputs_differ(module: nn.Module, program: Program, flat: Sequence[Any], exp
         if not error <= _TOLERANCES.get(want.dtype, 0.0):
             return f"output {index} differs by {error:.1e} relative"
     return ""
+
+
+@torch.no_grad()
+def shapes_differ(module: nn.Module, program: Program, flat: Sequence[Any]) -> str:
+    """What is wrong with the shapes of a module's values; empty when tracing would find nothing.
+
+    Some kernels compute without complaint on sizes that do not fit (attention with more heads of keys than of
+    queries); compilation, which only looks at shapes, refuses them.
+    """
+    args, kwargs = call_of(program, flat)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, _unlogged("torch._subclasses.fake_tensor"):
+        args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+        try:
+            module(*args, **kwargs)
+        except Exception as error:
+            return (
+                f"{type(error).__name__} in tracing: {(str(error).strip() or 'no message').splitlines()[0]}"
+            )
+    return ""
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Without the log of a module that writes down every error it raises; here they are answers."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from fxcompress.analysis.channel_group import ChannelGroup
 from fxcompress.structure.entries import Entry
 from fxcompress.structure.record import Change, follow
 
-__all__ = ["GroupSizes", "all_sizes", "lengths_of", "pattern", "sizes_of"]
+__all__ = ["GroupSizes", "all_sizes", "lengths_of", "pattern", "sizes_of", "uneven"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,14 @@ def _length(names: list[str], container: str) -> int:
     head = Entry(container, 0).prefix.removesuffix("0.")
     found = [name[len(head) :].split(".")[0] for name in names if name.startswith(head)]
     return 1 + max((int(part) for part in found if part.isdigit()), default=-1)
+
+
+def uneven(groups: Mapping[str, GroupSizes]) -> bool:
+    """Whether corresponding groups of repeated blocks were of one size and now are of several."""
+    after: dict[tuple[str, int], set[int]] = {}
+    for name, sizes in groups.items():
+        after.setdefault((pattern(name), sizes.units), set()).add(sizes.kept)
+    return any(len(kept) > 1 for kept in after.values())
 
 
 def pattern(name: str) -> str:
