@@ -1,12 +1,12 @@
 """How much faster a model with less structure is: measured ratios beside those of parameters and operations.
 
-Cuts are uniform (every layer alike), since speed depends on sizes and not on which units stay. Every cut model
-is written as a plain checkpoint and loaded by transformers, so that what is timed has nothing of this project
-in it; with ``--recipe`` the same models are timed compressed and compiled too. Variants take turns.
+Cuts are uniform (every layer alike), since speed depends on sizes and not on which units stay. Every cut
+model is written as a plain checkpoint and loaded by transformers, so that what is timed has nothing of this
+project in it; with ``--recipe`` the same models are timed compressed and compiled too. Variants take turns.
 
-A decoded token reads every weight once, so its time should follow the parameters a step reads (tables that are
-only looked up do not count); a long prompt should follow the operations. ``agrees`` is the ratio of the measured
-speed-up to the expected one.
+A decoded token reads every weight once, so its time should follow the parameters a step reads (tables that
+are only looked up do not count); a long prompt should follow the operations. ``agrees`` is the ratio of the
+measured speed-up to the expected one.
 
 Run: python -m tests.benchmarks.structured_speed [--rounds 5] [--recipe w8a16]
 """

@@ -55,9 +55,10 @@ def activations(content: dict[str, Any]) -> list[str]:
 def structured(content: dict[str, Any]) -> list[str]:
     lines = [
         *head("Fewer channels and blocks", content),
-        "Share of the parameters of the repeated blocks that goes, by what a unit is kept for; *refitted*: what",
-        "reads the cut channels is fitted to its old outputs by least squares. Blocks go to the nearest number",
-        "of whole ones. The last columns are what is left of the blocks' parameters and of all operations.",
+        "Share of the parameters of the repeated blocks that goes, by what a unit is kept for; *refitted*:",
+        "what reads the cut channels is fitted to its old outputs by least squares. Blocks go to the nearest",
+        "number of whole ones. The last columns are what is left of the blocks' parameters and of all",
+        "operations.",
         "",
     ]
     for kind, title in MODELS.items():
@@ -84,8 +85,8 @@ def structured_speed(content: dict[str, Any]) -> list[str]:
     lines = ["## Speed with fewer channels and blocks", "", environment(content), ""]
     lines += [
         "Plain checkpoints of uniformly cut models, loaded by transformers and run eagerly in float32 (and",
-        "compressed and compiled, where a recipe is named). Expected: if decoding followed the parameters a step",
-        "reads and a prompt of 512 tokens its operations. Variants take turns.",
+        "compressed and compiled, where a recipe is named). Expected: if decoding followed the parameters a",
+        "step reads and a prompt of 512 tokens its operations. Variants take turns.",
         "",
     ]
     for name, rows in content.items():
