@@ -204,6 +204,57 @@ PRESETS: dict[str, dict[str, Any]] = {
         "summary": "2-bit key/value cache by codebooks, keys before rotation, 1 % outliers apart; needs data",
         "passes": [{"kvquant": {"bits": 2, "q_norm": True}}],
     },
+    "prune20-flap": {
+        "summary": "20 % fewer block parameters: channels by fluctuation, readers refitted; needs data",
+        "passes": [
+            {
+                "prune-channels": {
+                    "amount": 0.2,
+                    "target": "block-parameters",
+                    "importance": "flap",
+                    "max_amount": 0.9,
+                    "recover": True,
+                    "round_to": 16,
+                }
+            }
+        ],
+    },
+    "prune20-taylor": {
+        "summary": "20 % fewer block parameters: channels by the loss's gradient, refitted; needs data",
+        "passes": [
+            {
+                "prune-channels": {
+                    "amount": 0.2,
+                    "target": "block-parameters",
+                    "importance": "taylor",
+                    "recover": True,
+                    "round_to": 16,
+                }
+            }
+        ],
+    },
+    "prune20-flap-w4a16-gptq": {
+        "summary": "prune20-flap, then 4-bit weights rounded by GPTQ; needs calibration data",
+        "passes": [
+            {
+                "prune-channels": {
+                    "amount": 0.2,
+                    "target": "block-parameters",
+                    "importance": "flap",
+                    "max_amount": 0.9,
+                    "recover": True,
+                    "round_to": 64,
+                }
+            },
+            {"gptq": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "only_remaining": True}},
+            "fuse-siblings",
+        ],
+    },
+    "drop-blocks-20": {
+        "summary": "every fifth block less, those without which the text is predicted best; needs data",
+        "passes": [{"remove-blocks": {"amount": 0.2, "criterion": "perplexity"}}],
+    },
     "qdq-int8": {
         "summary": "quantize/dequantize pairs at weights, inputs, attention and sums, static; needs data",
         "passes": [{"insert-quant-dequant": {"activations": "tensor"}}],

@@ -272,9 +272,10 @@ class ModelLoss:
         """Integer inputs that look up rows of a table, the largest table first."""
         rows: dict[fx.Node, int] = {}
         for site in self._plan.sites:
-            if site.kind is SiteKind.EMBEDDING and site.input in self._plan.inputs.values():
-                assert site.input is not None
-                rows[site.input] = max(rows.get(site.input, 0), self._state.weights[site.name].shape[0])
+            given = _given(site.input) if site.kind is SiteKind.EMBEDDING else None
+            if given in self._plan.inputs.values():
+                assert given is not None
+                rows[given] = max(rows.get(given, 0), self._state.weights[site.name].shape[0])
         return sorted(rows, key=lambda node: -rows[node])
 
     # --- walking -------------------------------------------------------------------------------------------
@@ -321,6 +322,16 @@ class _NextToken:
         scores, ids = outputs[self.place], inputs[self.ids]
         scores = scores if scores.element_size() >= 4 else scores.float()
         return torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _given(node: fx.Node | None) -> fx.Node | None:
+    """The input that ``node`` is a view (or a cast) of; the last node on the way when there are several."""
+    while node is not None and node.op != "placeholder":
+        sources = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
+        if len(sources) != 1:
+            break
+        node = sources[0]
+    return node
 
 
 def _earlier_equal(a: Tensor, b: Tensor) -> bool:

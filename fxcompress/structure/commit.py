@@ -107,7 +107,7 @@ def check_forms(state: CompressionState, pass_name: str) -> None:
         RecipeError: names the first parameter and the pass that gave it such a form.
     """
     for name, form in state.forms.items():
-        if dataclasses.replace(form, bias=None) != SiteForm() or state.fused:
+        if not dataclasses.replace(form, bias=None).same_as(SiteForm()) or state.fused:
             done_by = ", ".join(entry.pass_name for entry in state.provenance.get(name, []))
             raise RecipeError(
                 f"{pass_name!r} changes the model's structure, but {name} already has a form by {done_by}.",

@@ -52,6 +52,59 @@ def activations(content: dict[str, Any]) -> list[str]:
     ]
 
 
+def structured(content: dict[str, Any]) -> list[str]:
+    lines = [
+        *head("Fewer channels and blocks", content),
+        "Share of the parameters of the repeated blocks that goes, by what a unit is kept for; *refitted*:",
+        "what reads the cut channels is fitted to its old outputs by least squares. Blocks go to the nearest",
+        "number of whole ones. The last columns are what is left of the blocks' parameters and of all",
+        "operations.",
+        "",
+    ]
+    for kind, title in MODELS.items():
+        rows = content.get(kind)
+        if not rows:
+            continue
+        lines += [f"### {title}", "", "| variant | documentation | news | parameters | operations |"]
+        lines += ["|---|---|---|---|---|"]
+        for name in ("fp32", *SUITES["structured"]):
+            if name in rows:
+                row = rows[name]
+                cells = [f"{row['perplexity'][text]:.2f}" for text in TEXTS]
+                sizes = row.get("structure")
+                left = [
+                    f"{100 * sizes['after'][of] / sizes['before'][of]:.1f} %" if sizes else "100 %"
+                    for of in ("block_parameters", "flops")
+                ]
+                lines.append(f"| {name} | {' | '.join([*cells, *left])} |")
+        lines.append("")
+    return lines
+
+
+def structured_speed(content: dict[str, Any]) -> list[str]:
+    lines = ["## Speed with fewer channels and blocks", "", environment(content), ""]
+    lines += [
+        "Plain checkpoints of uniformly cut models, loaded by transformers and run eagerly in float32 (and",
+        "compressed and compiled, where a recipe is named). Expected: if decoding followed the parameters a",
+        "step reads and a prompt of 512 tokens its operations. Variants take turns.",
+        "",
+    ]
+    for name, rows in content.items():
+        if name == "environment":
+            continue
+        lines += [f"### {name}", "", "| model | decode × | expected | prefill × | expected |"]
+        lines += ["|---|---|---|---|---|"]
+        for model, row in rows.items():
+            cells = [
+                f"{row[what][kind] or 0.0:.2f}"
+                for kind in ("decode", "prefill")
+                for what in ("speed-up", "expected")
+            ]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
 def head(title: str, content: dict[str, Any]) -> list[str]:
     return [f"## {title}", "", f"{content['protocol']}. {environment(content)}", ""]
 
@@ -206,7 +259,13 @@ def main() -> None:
         "nothing here is typed by hand. Model: SmolLM2-135M-Instruct, as packaged.",
         "",
     ]
-    for name, render in (("quality", quality), ("activations", activations), ("speed", speed)):
+    for name, render in (
+        ("quality", quality),
+        ("activations", activations),
+        ("structured", structured),
+        ("structured-speed", structured_speed),
+        ("speed", speed),
+    ):
         path = RESULTS / f"{name}.json"
         if path.exists():
             lines += render(json.loads(path.read_text(encoding="utf-8")))
