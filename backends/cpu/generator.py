@@ -25,7 +25,7 @@ DTYPES: dict[torch.dtype, str] = {
 }
 GROUP_SHIFT = 34  # bits of a kernel number
 OUTPUT_SHIFT = 12  # where the output's dtype lies in it
-_KINDS = ("linear", "embedding", "dense", "attention")
+_KINDS = ("linear", "embedding", "dense", "attention", "sparse")
 _ACTIVATIONS = (None, "dynamic", "static")
 _SUM_LIMIT = 32767  # of a signed 16-bit sum
 _NO_FLUSH = 1 << 20
@@ -138,7 +138,46 @@ class AttentionForm:
         return render_template("attention.cpp.j2", form=self, isa=isa, nibble_table=False)
 
 
-AnyForm = KernelForm | AttentionForm
+@dataclass(frozen=True)
+class SparseForm:
+    """What the source of a kernel of sparse weights depends on besides the instruction set.
+
+    Args:
+        value: Dtype of the entries: ``"float32"``, ``"bfloat16"`` or ``"float16"``; also that of the
+            activations and the result.
+        even: Every 16 inputs of every row have exactly 8 entries, as in 2:4 and 4:8.
+    """
+
+    value: str
+    even: bool = False
+    kind = "sparse"
+    activation = None
+
+    @property
+    def input(self) -> str:
+        """Dtype of the activations."""
+        return self.value
+
+    @property
+    def output(self) -> str:
+        """Dtype of the result."""
+        return self.value
+
+    @property
+    def title(self) -> str:
+        """A short name, unique per form; also the stem of file names."""
+        return f"sparse-{'even-' if self.even else ''}{self.value}"
+
+    def number(self, isa: Isa) -> int:
+        """See :meth:`KernelForm.number`."""
+        return _number(self.kind, (0, self.even, 0, 0, 0), self.input, self.output, isa)
+
+    def render(self, isa: Isa) -> str:
+        """The kernel's C++ source."""
+        return render_template("sparse.cpp.j2", form=self, isa=isa, nibble_table=False)
+
+
+AnyForm = KernelForm | AttentionForm | SparseForm
 
 
 def _number(kind: str, weight: Sequence[int], input_dtype: str, output_dtype: str, isa: Isa) -> int:

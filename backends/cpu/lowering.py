@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx
 
-from fxcompress.backends.cpu import attention
+from fxcompress.backends.cpu import attention, sparse
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel
 from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.layouts import Layout
@@ -248,9 +248,12 @@ class LoweringInterpreter(fx.Interpreter):
             return self._linear(n)
         if n in self.plan.embeddings:
             return self._embedding(n)
-        attended = attention.lower(n, self._argument, self.isa)
-        if attended is not None:
-            return attended
+        for other in (attention, sparse):
+            lowered = other.lower(n, self._argument, self.isa)
+            if lowered is not None:
+                return lowered
+        if sparse.only_products(n):
+            return None
         if (
             n.target in (ops.dequantize_weight.default, aten.t.default)
             and n.users

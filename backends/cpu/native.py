@@ -4,6 +4,7 @@
     fxcompress_cpu::embedding  rows of a tiled table
     fxcompress_cpu::dense      a tiled weight dequantized, [K, rows]
     fxcompress_cpu::attend     attention, key heads shared by query heads
+    fxcompress_cpu::sparse_*   products with, and expansion of, a sparse weight
 
 An operator names its kernel by the number of its form (:meth:`KernelForm.number`), so that a compiled graph
 holds no address. A small C++ library, compiled once like the kernels, implements them through torch's stable
@@ -33,6 +34,7 @@ from fxcompress.backends.cpu.generator import (
     render_template,
 )
 from fxcompress.backends.cpu.isa import Isa
+from fxcompress.backends.cpu.sparse_native import FAKES, PYTHON, SCHEMAS
 from fxcompress.backends.cpu.toolchain import compiled
 from fxcompress.errors import BackendError
 
@@ -47,6 +49,7 @@ _SCHEMAS = (
     "dense(Tensor weight, Tensor scale, Tensor? zero, int columns, int form) -> Tensor",
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale,"
     " int form) -> Tensor",
+    *SCHEMAS,
 )
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -101,6 +104,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "embedding": _fake_embedding,
     "dense": _fake_dense,
     "attend": _fake_attend,
+    **FAKES,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fxcompress_cpu::{_name}", _fake, lib=_LIBRARY)
@@ -324,7 +328,7 @@ def python_attend(
     sizes = (batch, heads, kv_heads, queries, keys, width, value_width)
     options = (floating, causal, torch.get_num_threads(), scale)
     arguments = AttentionArguments(*pointers, *sizes, (ctypes.c_int64 * 13)(*strides), *options)
-    _library_of(form).fx_run(ctypes.byref(arguments))
+    library_of(form).fx_run(ctypes.byref(arguments))
     return out.transpose(1, 2)
 
 
@@ -333,6 +337,7 @@ _PYTHON: dict[str, Callable[..., Tensor]] = {
     "embedding": python_embedding,
     "dense": python_dense,
     "attend": python_attend,
+    **PYTHON,
 }
 
 
@@ -342,10 +347,15 @@ def _call(
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in operands]
     group, threads = form >> GROUP_SHIFT, torch.get_num_threads()
     arguments = Arguments(*pointers, stride, tokens, rows, columns, group, threads)
-    _library_of(form).fx_run(ctypes.byref(arguments))
+    library_of(form).fx_run(ctypes.byref(arguments))
 
 
-def _library_of(form: int) -> ctypes.CDLL:
+def library_of(form: int) -> ctypes.CDLL:
+    """The loaded kernel that an operator's ``form`` names.
+
+    Raises:
+        BackendError: it is not loaded in this process.
+    """
     library = _KERNELS.get(form & ((1 << GROUP_SHIFT) - 1))
     if library is None:
         raise BackendError(

@@ -10,6 +10,7 @@ from fxcompress.forms.activation import (
     StaticPerTensor,
 )
 from fxcompress.forms.component import Component, component, from_spec
+from fxcompress.forms.dense import DenseWeight
 from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
 from fxcompress.forms.mask import SparsityMask
@@ -31,6 +32,7 @@ __all__ = [
     "BitmapIndex",
     "Component",
     "CsrIndex",
+    "DenseWeight",
     "DynamicPerGroup",
     "DynamicPerToken",
     "Eager",
