@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxcompress.apply import apply_state
 from fxcompress.backends.cpu.forecast import compile_ahead
 from fxcompress.backends.cpu.roofline import KernelUse, measure_kernels
+from fxcompress.backends.cpu.sparse import executable_store, noted
 from fxcompress.backends.executable import Executable
 from fxcompress.backends.regions import RegionCompiler
 from fxcompress.backends.sources import GhostSource, source_from_options
@@ -59,7 +60,7 @@ class CompressingBackend:
         """Compile one graph captured by Dynamo."""
         with torch.no_grad():
             program = program_from_dynamo(module, example_inputs)
-            store = self.source.store(program)
+            store = self._store_for(program)
             packs = torch.ops.fxcompress.update_cache.default
             if not any(store.state.is_compressed(name) for name in program.weight_of.values()) and not any(
                 node.target is packs for node in program.graph.nodes
@@ -71,6 +72,7 @@ class CompressingBackend:
                 compiler = RegionCompiler(applied, store, compile_with_inductor)
                 regions = compiler.compile()
                 self.choices.update(compiler.choices)
+                self.choices.update(noted(store, program, self.choices))
                 self.uses += compiler.uses
 
         def rebind(weights: dict[str, Tensor]) -> WeightStore:
@@ -83,9 +85,14 @@ class CompressingBackend:
                 program.inputs,
             )
             with torch.no_grad():
-                return self.source.store(other)
+                return self._store_for(other)
 
         return Executable(applied, store, rebind, regions)
+
+    def _store_for(self, program: Program) -> WeightStore:
+        """The store of a program's forms; compiled, sparse weights have the forms they are executed in."""
+        store = self.source.store(program)
+        return executable_store(store) if self.inner == "inductor" else store
 
     def _plain(
         self, program: Program, module: fx.GraphModule, example_inputs: Sequence[Any]
@@ -132,7 +139,7 @@ class InductorBackend(CompressingBackend):
 
     def measure_kernels(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
         """Time of every distinct product compiled so far, see :mod:`fxcompress.backends.cpu.roofline`."""
-        return measure_kernels(self.uses, self._store, tokens)
+        return measure_kernels(self.uses, executable_store(self._store), tokens)
 
 
 class EagerBackend(CompressingBackend):

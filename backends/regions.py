@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxcompress.analysis.blocks import Block, find_blocks
 from fxcompress.apply import AppliedGraph
+from fxcompress.backends.cpu import sparse
 from fxcompress.backends.cpu.experts import weight_of_experts
 from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.lowering import (
@@ -114,6 +115,10 @@ class RegionCompiler:
             weight = weight_of_linear(node) or weight_of_experts(node, DEQUANTIZE)
             if weight is not None:
                 self.choices[self.applied.dequantized[weight]] = text
+        for node in block.nodes:
+            product = sparse.weight_of(node)
+            if product is not None:
+                self.choices[self.applied.dequantized[product]] = sparse.describe(node)
         for node in block.nodes:
             name = self.applied.dequantized.get(node)
             if (

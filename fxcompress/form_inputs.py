@@ -11,7 +11,7 @@ from torch import fx
 
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError
-from fxcompress.forms import Component, Eager
+from fxcompress.forms import Component, Eager, SiteForm
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,12 @@ def _hashable(argument: Any) -> object:
 
 def form_tensor(state: CompressionState, ref: TensorRef) -> torch.Tensor:
     """The tensor a :class:`TensorRef` names."""
-    value: object = state.forms[ref.name]
+    return tensor_in(state.forms[ref.name], ref)
+
+
+def tensor_in(form: SiteForm, ref: TensorRef) -> torch.Tensor:
+    """The tensor a :class:`TensorRef` names in a form."""
+    value: object = form
     for step in ref.path.split("."):
         value = value[int(step)] if isinstance(value, tuple) else getattr(value, step)
     if not isinstance(value, torch.Tensor):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BindingError
-from fxcompress.form_inputs import TensorRef, form_tensor
-from fxcompress.forms import CodebookWeight, QuantizedWeight
+from fxcompress.form_inputs import TensorRef, tensor_in
+from fxcompress.forms import CodebookWeight, QuantizedWeight, SiteForm
 
 PackedTerm = QuantizedWeight | CodebookWeight
 """Terms that backends have layouts of their own for."""
@@ -40,6 +40,11 @@ class WeightStore:
         self.state = state
         self._packed: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = {}
         self._raw: dict[TensorRef, Tensor] = {}
+        self.executable: WeightStore | None = None  # a backend's own view, see backends/cpu/sparse.py
+
+    def form(self, name: str) -> SiteForm | None:
+        """The form of ``name``, with its tensors."""
+        return self.state.forms.get(name)
 
     def packed(self, layout: WeightLayouter, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Packed tensors of the parameters ``names``, rows concatenated; built once.
@@ -51,7 +56,7 @@ class WeightStore:
         if key not in self._packed:
             terms = []
             for name in names:
-                form = self.state.forms.get(name)
+                form = self.form(name)
                 found = [term for term in form.terms if isinstance(term, PackedTerm)] if form else []
                 if len(found) != 1:  # other terms are computed beside the packed one
                     raise BindingError(f"{name}: no single weight of codes to pack.")
@@ -62,11 +67,14 @@ class WeightStore:
     def tensor(self, ref: TensorRef) -> Tensor:
         """A form tensor in its stored layout, resident from now on."""
         if ref not in self._raw:
-            self._raw[ref] = form_tensor(self.state, ref)
+            form = self.form(ref.name)
+            if form is None:
+                raise BindingError(f"{ref.name}: has no form any more.")
+            self._raw[ref] = tensor_in(form, ref)
         return self._raw[ref]
 
     def resident_tensors(self) -> list[Tensor]:
         """Every tensor the store keeps in memory."""
-        return [tensor for packed in self._packed.values() for tensor in packed.values()] + list(
-            self._raw.values()
-        )
+        held = [tensor for packed in self._packed.values() for tensor in packed.values()]
+        view = [] if self.executable is None else self.executable.resident_tensors()
+        return [*held, *self._raw.values(), *view]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx
 
-from fxcompress.backends.cpu import attention, cached_attention
+from fxcompress.backends.cpu import attention, cached_attention, sparse
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel
 from fxcompress.backends.cpu.experts import ExpertsPlan, plan_experts, run_experts, weight_of_experts
 from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
@@ -296,11 +296,12 @@ class LoweringInterpreter(fx.Interpreter):
             return self._embedding(n)
         if n in self.cached.forms:
             return self.cached.run(n, self._argument)
-        if n in self.cached.skipped:
+        if n in self.cached.skipped or sparse.only_products(n):
             return None
-        attended = attention.lower(n, self._argument, self.isa)
-        if attended is not None:
-            return attended
+        for other in (attention, sparse):
+            lowered = other.lower(n, self._argument, self.isa)
+            if lowered is not None:
+                return lowered
         if (
             n.target in (*DEQUANTIZE, *_REARRANGE)
             and n.users

@@ -5,6 +5,7 @@
     fxcompress_cpu::embedding  rows of a tiled table
     fxcompress_cpu::dense      a tiled weight dequantized, [K, rows]
     fxcompress_cpu::attend     attention, key heads shared by query heads
+    fxcompress_cpu::sparse_*   products with, and expansion of, a sparse weight
 
 An operator names its kernel by the number of its form (:meth:`KernelForm.number`), so that a compiled graph
 holds no address. A small C++ library, compiled once like the kernels, implements them through torch's stable
@@ -35,6 +36,7 @@ from fxcompress.backends.cpu.generator import (
 )
 from fxcompress.backends.cpu.isa import Isa
 from fxcompress.backends.cpu.operators import LIBRARY
+from fxcompress.backends.cpu.sparse_native import PYTHON
 from fxcompress.backends.cpu.toolchain import compiled
 from fxcompress.errors import BackendError
 
@@ -315,6 +317,7 @@ _PYTHON: dict[str, Callable[..., Tensor]] = {
     "embedding": python_embedding,
     "dense": python_dense,
     "attend": python_attend,
+    **PYTHON,
 }
 
 

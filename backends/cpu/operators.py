@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.backends.cpu.generator import output_dtype
+from fxcompress.backends.cpu.sparse_native import FAKES, SCHEMAS
 
 LIBRARY = torch.library.Library("fxcompress_cpu", "DEF")
 _SCHEMAS = (
@@ -20,6 +21,7 @@ _SCHEMAS = (
     "dense(Tensor weight, Tensor scale, Tensor? zero, int columns, int form) -> Tensor",
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale,"
     " int form) -> Tensor",
+    *SCHEMAS,
 )
 for _schema in _SCHEMAS:
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -89,6 +91,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "embedding": _fake_embedding,
     "dense": _fake_dense,
     "attend": _fake_attend,
+    **FAKES,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fxcompress_cpu::{_name}", _fake, lib=LIBRARY)

@@ -14,6 +14,7 @@ from fxcompress.forms.cache_stores import CodebookStore, FloatStore, IntStore
 from fxcompress.forms.cache_transforms import CacheTransform, ChannelAffine, HeadRotation, PositionRotation
 from fxcompress.forms.codebook import CodebookWeight
 from fxcompress.forms.component import Component, component, from_spec
+from fxcompress.forms.dense import DenseWeight
 from fxcompress.forms.emit import Eager, Emit
 from fxcompress.forms.layout import WeightLayout
 from fxcompress.forms.mask import SparsityMask
@@ -42,6 +43,7 @@ __all__ = [
     "CodebookWeight",
     "Component",
     "CsrIndex",
+    "DenseWeight",
     "DynamicPerGroup",
     "DynamicPerToken",
     "Eager",

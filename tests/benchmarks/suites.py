@@ -134,8 +134,45 @@ def structured_cases() -> dict[str, Case]:
 
 FLAP = {"importance": "flap", "max_amount": 0.9, "recover": True}
 
+
+def sparsity_cases() -> dict[str, Case]:
+    """Half of the weights zero, in three patterns, by every method; then with codes."""
+    found: dict[str, Case] = {}
+    for name, options in (
+        ("50 %", {"sparsity": 0.5}),
+        ("4:8", {"pattern": "4:8"}),
+        ("2:4", {"pattern": "2:4"}),
+    ):
+        found[f"{name}, magnitude"] = ([{"prune-magnitude": options}], None)
+        for method in ("wanda", "sparsegpt"):
+            found[f"{name}, {method}"] = ([{method: options}], DOCUMENTATION)
+            found[f"{name}, {method} and DSnoT"] = ([{method: options}, "dsnot"], DOCUMENTATION)
+        if name == "50 %":
+            found["50 %, magnitude, one threshold"] = (
+                [{"prune-magnitude": {**options, "scope": "global"}}],
+                None,
+            )
+            for measure in ("owl", "samsp"):
+                for method in ("wanda", "sparsegpt"):
+                    recipe = [{"allocate-sparsity": {"method": measure}}, {method: options}]
+                    found[f"50 %, {measure} and {method}"] = (recipe, DOCUMENTATION)
+        else:
+            shuffled = {"permute-channels": {**options, "metric": "entropy", "gather": True}}
+            found[f"{name}, e-sparse, not shuffled"] = ([{"e-sparse": options}], DOCUMENTATION)
+            found[f"{name}, e-sparse"] = ([shuffled, {"e-sparse": options}], DOCUMENTATION)
+            permuted = {"permute-channels": options}
+            found[f"{name}, permuted where it folds, wanda"] = ([permuted, {"wanda": options}], DOCUMENTATION)
+    found["sparse-2of4"] = ("sparse-2of4", DOCUMENTATION)
+    found["sparse-2of4-w8a8"] = ("sparse-2of4-w8a8", DOCUMENTATION)
+    found["sparse50-w4a16-gptq"] = ("sparse50-w4a16-gptq", DOCUMENTATION)
+    joint = [{"sparsegpt": {"sparsity": 0.5, "bits": 4}}, *rtn_rest(4), "pack-sparse"]
+    found["50 % and int4 in one sweep"] = (joint, DOCUMENTATION)
+    return found
+
+
 SUITES: dict[str, dict[str, Case]] = {
     "quality": WEIGHTS,
     "activations": activation_cases(),
     "structured": structured_cases(),
+    "sparsity": sparsity_cases(),
 }
