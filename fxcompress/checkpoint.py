@@ -29,6 +29,7 @@ from fxcompress.edits import (
     Edit,
     FuseSites,
     Refuse,
+    ReviseWeight,
     SetActivation,
     SetEdge,
     SetTensor,
@@ -45,7 +46,7 @@ __all__ = ["CheckpointStore", "canonical", "run_key", "step_key"]
 _FORMAT = 1
 _EDITS: dict[str, type[Any]] = {
     cls.__name__: cls
-    for cls in (SetTensor, SetWeight, SetActivation, SetTransform, SetEdge, FuseSites, Refuse)
+    for cls in (SetTensor, SetWeight, ReviseWeight, SetActivation, SetTransform, SetEdge, FuseSites, Refuse)
 }
 _log = logging.getLogger(__name__)
 

@@ -40,6 +40,20 @@ class SetWeight:
 
 
 @dataclass(frozen=True, eq=False)
+class ReviseWeight:
+    """Replace the terms of ``name``, which is compressed already, by ``terms`` that build on them.
+
+    For passes made for that: rounding the factors of a low-rank weight, adding a low-rank term to codes.
+    ``error`` is the relative output error against the dense weight, if known.
+    """
+
+    name: str
+    terms: tuple[WeightTerm, ...]
+    reason: str = ""
+    error: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class SetActivation:
     """Quantize the input of every matrix-product use of ``name``."""
 
@@ -99,7 +113,9 @@ class Refuse:
     reason: str
 
 
-Edit: TypeAlias = SetTensor | SetWeight | SetActivation | SetTransform | SetEdge | FuseSites | Refuse
+Edit: TypeAlias = (
+    SetTensor | SetWeight | ReviseWeight | SetActivation | SetTransform | SetEdge | FuseSites | Refuse
+)
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,12 @@ class CompressionState:
 
     Args:
         weights: Original tensors by canonical qualified name (read only; may be lazy).
+        tensors: Edited dense values.
+        forms: Forms by parameter.
+        fused: Sibling sites that run as one product.
+        provenance: Which passes did what.
+        replaced: Edited dense values that weight terms stand for by now; needed while passes build on them,
+            not part of the result.
     """
 
     weights: Mapping[str, Tensor]
@@ -125,6 +147,7 @@ class CompressionState:
     forms: dict[str, SiteForm] = field(default_factory=dict)
     fused: list[tuple[str, ...]] = field(default_factory=list)
     provenance: dict[str, list[Provenance]] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
         """The current *dense* tensor of ``name``: edited value or original.
@@ -144,6 +167,10 @@ class CompressionState:
             return self.weights[name]
         except KeyError:
             raise WeightError(f"{name}: the model has no such parameter.") from None
+
+    def dense_target(self, name: str) -> Tensor:
+        """The dense value that ``name`` has, or had before weight terms replaced it."""
+        return self.replaced.get(name, self.weights[name]) if self.is_compressed(name) else self.weight(name)
 
     def effective(self, name: str) -> Tensor:
         """The value ``name`` has now when computed densely: dequantized terms, edited tensor or original."""
@@ -167,12 +194,15 @@ class CompressionState:
             RecipeError: a second weight replacement, or a dense edit after one.
         """
         _check(self, edit)
-        error = edit.error if isinstance(edit, SetWeight) else None
+        error = edit.error if isinstance(edit, SetWeight | ReviseWeight) else None
         if isinstance(edit, SetTensor):
             self.tensors[edit.name] = edit.value
         elif isinstance(edit, SetWeight):
             self.forms[edit.name] = dataclasses.replace(self.form(edit.name), terms=edit.terms)
-            self.tensors.pop(edit.name, None)
+            if edit.name in self.tensors:
+                self.replaced[edit.name] = self.tensors.pop(edit.name)
+        elif isinstance(edit, ReviseWeight):
+            self.forms[edit.name] = dataclasses.replace(self.form(edit.name), terms=edit.terms)
         elif isinstance(edit, SetActivation):
             self.forms[edit.name] = dataclasses.replace(self.form(edit.name), activation=edit.activation)
         elif isinstance(edit, SetTransform):
@@ -201,6 +231,7 @@ class CompressionState:
             dict(self.forms),
             list(self.fused),
             {name: list(entries) for name, entries in self.provenance.items()},
+            dict(self.replaced),
         )
 
 
@@ -224,8 +255,11 @@ def _check(state: CompressionState, edit: Edit) -> None:
                 f"{edit.name}: {edit.edge.argument!r} of this edge is quantized already.",
                 fix="quantize each edge once.",
             )
-    elif isinstance(edit, SetWeight):
-        shape = state.weight(edit.name).shape
+    elif isinstance(edit, SetWeight | ReviseWeight):
+        if isinstance(edit, ReviseWeight) and not state.is_compressed(edit.name):
+            raise RecipeError(f"{edit.name}: its weight terms were to be revised, but it has none.")
+        current = state.weight(edit.name) if isinstance(edit, SetWeight) else state.weights[edit.name]
+        shape = current.shape
         for term in edit.terms:
             if tuple(term.parameter_shape) != tuple(shape):
                 raise WeightError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from fxcompress.analysis.site_types import SiteKind
 from fxcompress.calibration.context import Context, Feed
 from fxcompress.calibration.inputs import CalibrationData, as_calibration
 from fxcompress.calibration.walk import Plan, Walk
+from fxcompress.calibration.whole_model import WholeModel
 from fxcompress.capture.program import Program
 from fxcompress.checkpoint import CheckpointStore, canonical, run_key, step_key
 from fxcompress.edits import (
@@ -23,6 +25,7 @@ from fxcompress.edits import (
     Edit,
     FuseSites,
     Refuse,
+    ReviseWeight,
     SetActivation,
     SetEdge,
     SetTransform,
@@ -179,6 +182,7 @@ class _Run:
         before = self.state.copy()
         data = self.data
         feed = Feed(None if data is None else lambda: Walk(self.plan, data.flat()))
+        survey = functools.cache(lambda: self._survey(position, item, before))
         lossy = self.verify == "each" and not item.preserves_function and self.shown is not None
         audit = (
             SiteAudit(self.plan, self.shown.sample(_PROOF_BATCHES))
@@ -190,18 +194,22 @@ class _Run:
         reporter.start(stage, len(self.plan.blocks))
         for index, block in enumerate(self.plan.blocks):
             start = self.state.copy() if audit is not None else self.state
-            made, resumed = self._step(position, item, index, feed)
+            made, resumed = self._step(position, item, index, feed, survey)
             edits += made
             if audit is not None:
+                revised = {edit.name for edit in made if isinstance(edit, ReviseWeight)}
                 for name, error in audit.block(start, self.state, made).items():
-                    self.errors[name] = max(error, self.errors.get(name, 0.0))
+                    known = 0.0 if name in revised else self.errors.get(name, 0.0)
+                    self.errors[name] = max(error, known)
             feed.finish_block(self.state)
             reporter.step(ProgressEvent(stage, block.name, index + 1, len(self.plan.blocks), resumed))
         self._summarize(item, edits)
         if item.preserves_function and edits:
             self._prove(item, before, edits)
 
-    def _step(self, position: int, item: Pass, index: int, feed: Feed) -> tuple[list[Edit], bool]:
+    def _step(
+        self, position: int, item: Pass, index: int, feed: Feed, survey: Callable[[], Any]
+    ) -> tuple[list[Edit], bool]:
         """Solve one block, or read what an earlier run solved."""
         if self.store is not None:
             self.key = step_key(self.key, item, index)
@@ -210,15 +218,29 @@ class _Run:
                 for edit in stored:
                     self._apply(edit, item)
                 return stored, True
-        made = list(self._solve(position, item, index, feed))
+        made = list(self._solve(position, item, index, feed, survey))
         if self.store is not None:
             self.store.save(self.key, made)
         return made, False
 
-    def _solve(self, position: int, item: Pass, index: int, feed: Feed) -> Iterator[Edit]:
-        digest = hashlib.sha256(f"{self.seed}|{position}|{item.name}|{index}".encode()).digest()
-        seed = int.from_bytes(digest[:7], "little")
-        context = Context(self.plan, index, self.state, feed, item.name, seed)
+    def _seed(self, position: int, item: Pass, where: object) -> int:
+        digest = hashlib.sha256(f"{self.seed}|{position}|{item.name}|{where}".encode()).digest()
+        return int.from_bytes(digest[:7], "little")
+
+    def _survey(self, position: int, item: Pass, before: CompressionState) -> Any:
+        """What a pass finds out about the whole model, as it was before the pass."""
+        seed = self._seed(position, item, "survey")
+        batches = None if self.data is None else self.data.flat()
+        model = WholeModel(self.plan, before, batches, item.name, seed)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            return item.survey(model)
+
+    def _solve(
+        self, position: int, item: Pass, index: int, feed: Feed, survey: Callable[[], Any]
+    ) -> Iterator[Edit]:
+        seed = self._seed(position, item, index)
+        context = Context(self.plan, index, self.state, feed, item.name, seed, survey)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             try:
@@ -258,9 +280,10 @@ class _Run:
         elif isinstance(edit, SetEdge):
             if not any(e.signature == edit.edge.signature and not e.reason for e in self.plan.edges):
                 raise RecipeError(f"{edit.name}: SetEdge on an edge that the graph does not have.")
-        elif isinstance(edit, SetWeight) and not edit.terms:
+        elif isinstance(edit, SetWeight | ReviseWeight) and not edit.terms:
             raise RecipeError(
-                f"{edit.name}: SetWeight without terms.", fix="yield Refuse to leave a weight alone."
+                f"{edit.name}: {type(edit).__name__} without terms.",
+                fix="yield Refuse to leave a weight alone.",
             )
         for key, tensor in _floats(edit):
             if not bool(torch.isfinite(tensor).all()):
@@ -312,7 +335,7 @@ def _names(edit: Edit) -> tuple[str, ...]:
 def _floats(edit: Edit) -> Iterator[tuple[str, Tensor]]:
     """Floating tensors inside the components of an edit."""
     parts: list[Component] = []
-    if isinstance(edit, SetWeight):
+    if isinstance(edit, SetWeight | ReviseWeight):
         parts = list(edit.terms)
     elif isinstance(edit, SetActivation):
         parts = [edit.activation]

@@ -35,26 +35,27 @@ class WeightStore:
 
     def __init__(self, state: CompressionState) -> None:
         self.state = state
-        self._packed: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = {}
+        self._packed: dict[tuple[str, tuple[TensorRef, ...]], dict[str, Tensor]] = {}
         self._raw: dict[TensorRef, Tensor] = {}
 
-    def packed(self, layout: WeightLayouter, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Packed tensors of the parameters ``names``, rows concatenated; built once.
+    def packed(self, layout: WeightLayouter, terms: Sequence[TensorRef]) -> Mapping[str, Tensor]:
+        """Packed tensors of quantized terms, each named by its place, rows concatenated; built once.
 
         Raises:
-            BindingError: a parameter has no single quantized weight.
+            BindingError: a parameter has no quantized weight at that place.
         """
-        key = (layout.name, tuple(names))
+        key = (layout.name, tuple(terms))
         if key not in self._packed:
-            terms = []
-            for name in names:
-                form = self.state.forms.get(name)
-                found = [term for term in form.terms if isinstance(term, QuantizedWeight)] if form else []
-                if len(found) != 1:  # other terms are computed beside the packed one
-                    raise BindingError(f"{name}: no single quantized weight to pack.")
-                terms.append(found[0])
-            self._packed[key] = {tensor: value.contiguous() for tensor, value in layout.pack(terms).items()}
+            found = [self._quantized(ref) for ref in terms]
+            self._packed[key] = {tensor: value.contiguous() for tensor, value in layout.pack(found).items()}
         return self._packed[key]
+
+    def _quantized(self, ref: TensorRef) -> QuantizedWeight:
+        form = self.state.forms.get(ref.name)
+        part = dict(form.parts()).get(ref.path) if form is not None else None
+        if not isinstance(part, QuantizedWeight):
+            raise BindingError(f"{ref.name}: no quantized weight at {ref.path} to pack.")
+        return part
 
     def tensor(self, ref: TensorRef) -> Tensor:
         """A form tensor in its stored layout, resident from now on."""

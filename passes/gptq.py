@@ -16,14 +16,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fxcompress.analysis.site_types import Site, SiteKind
+from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, Refuse, SetWeight
 from fxcompress.errors import CalibrationError, FormatError, RecipeError
 from fxcompress.formats import IntFormat
 from fxcompress.formats.integer import make_term
+from fxcompress.forms import SiteForm
 from fxcompress.pass_base import BlockContext
+from fxcompress.passes._factors import has_dense_factors, solve_factors
 from fxcompress.passes._gptq_solver import Solution, gptq_solve
-from fxcompress.passes._input_rows import matrix_count, site_rows, unsupported
+from fxcompress.passes._input_moments import input_stages, linear_grams, matrix_moments
+from fxcompress.passes._input_rows import matrix_count, unsupported
 from fxcompress.passes._selection import (
     Candidate,
     Role,
@@ -144,15 +147,15 @@ class Gptq(SelectivePass):
                 chosen.append(candidate)
             else:
                 yield Refuse(candidate.name, reason)
-        stages = _stages(chosen)
+        stages = input_stages(chosen)
         if self.sequential == "block":
-            grams = _linear_grams(block, [candidate for stage in stages for candidate in stage])
+            grams = linear_grams(block, [candidate for stage in stages for candidate in stage])
             for stage in stages:
                 for candidate in stage:
                     yield self._edit(block, candidate, grams.get(candidate.name))
             return
         for stage in stages:
-            grams = _linear_grams(block, stage)
+            grams = linear_grams(block, stage)
             for candidate in stage:
                 yield self._edit(block, candidate, grams.get(candidate.name))
 
@@ -167,12 +170,17 @@ class Gptq(SelectivePass):
         reason = unsupported(candidate.primary)
         if reason is not None:
             return reason
+        if has_dense_factors(block.state.form(candidate.name)):
+            return None
         fmt, _ = fitting_format(self.format, candidate.primary.layout.matrix_shape[2])
         return not_smaller(fmt, candidate.primary, block.weight(candidate.name).dtype)
 
     def _edit(self, block: BlockContext, candidate: Candidate, gram: Tensor | None) -> Edit:
         name, site = candidate.name, candidate.primary
         layout = site.layout
+        form = block.state.form(name)
+        if has_dense_factors(form):
+            return self._factors(block, candidate, gram, form)
         matrix = layout.to_matrix(block.weight(name))  # [B, N, K]
         batch, rows, columns = layout.matrix_shape
         fmt, note = fitting_format(self.format, columns)
@@ -183,7 +191,7 @@ class Gptq(SelectivePass):
         for start in range(0, count, step):
             part = range(start, min(count, start + step))
             if site.kind is not SiteKind.LINEAR:
-                gram = _moments(block, candidate, part)
+                gram = matrix_moments(block, candidate, part)
             if gram is None:
                 return Refuse(name, "no calibration token reaches it")
             solutions.append(self._solve(name, split[part.start : part.stop], gram, fmt))
@@ -197,6 +205,22 @@ class Gptq(SelectivePass):
         if used > self.damping:
             reason += f", damping raised to {used:g}"
         return SetWeight(name, (make_term(codes, scale, zero, layout, fmt),), reason=reason, error=error)
+
+    def _factors(
+        self, block: BlockContext, candidate: Candidate, gram: Tensor | None, form: SiteForm
+    ) -> Edit:
+        """Both factors of a low-rank weight, the left one on what the rounded right one gives."""
+        name, layout = candidate.name, candidate.primary.layout
+        if candidate.primary.kind is not SiteKind.LINEAR:
+            gram = matrix_moments(block, candidate, range(1))
+        if gram is None:
+            return Refuse(name, "no calibration token reaches it")
+        target = layout.to_matrix(block.state.dense_target(name).detach())[0]
+
+        def solve(w: Tensor, moments: Tensor, fmt: IntFormat) -> Solution:
+            return self._solve(name, w[None], moments[None], fmt)
+
+        return solve_factors(name, form, target, gram[0], self.format, solve)
 
     def _solve(self, name: str, w: Tensor, gram: Tensor, fmt: IntFormat) -> Solution:
         try:
@@ -214,75 +238,6 @@ class Gptq(SelectivePass):
             )
         except CalibrationError as error:
             raise CalibrationError(f"{self.name}: {name}: {error}") from error
-
-
-def _stages(chosen: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Linear sites that read the same value together, all others alone, in graph order."""
-    stages: dict[object, list[Candidate]] = {}
-    for candidate in chosen:
-        alone = candidate.primary.kind is not SiteKind.LINEAR
-        stages.setdefault(candidate.name if alone else candidate.primary.input, []).append(candidate)
-    return list(stages.values())
-
-
-def _uses(candidate: Candidate) -> list[Site]:
-    """Uses in this block that read the weight as the primary one does."""
-    first = candidate.primary
-    return [site for site in candidate.here if site.kind is first.kind and site.layout == first.layout]
-
-
-def _linear_grams(block: BlockContext, chosen: Sequence[Candidate]) -> dict[str, Tensor]:
-    """``[1, K, K]`` by parameter name for linear sites that any token reached."""
-    linear = [candidate for candidate in chosen if candidate.primary.kind is SiteKind.LINEAR]
-    sites = [site for candidate in linear for site in _uses(candidate)]
-    if not sites:
-        return {}
-    statistics = block.statistics(sites, gram=True)
-    grams = {}
-    for candidate in linear:
-        seen = [statistics[site.input.name] for site in _uses(candidate) if site.input is not None]
-        seen = [entry for entry in seen if entry.count > 0]
-        total = sum(entry.count for entry in seen)
-        if total:
-            first, *others = [
-                entry.gram if len(seen) == 1 else entry.gram * (entry.count / total) for entry in seen
-            ]
-            grams[candidate.name] = sum(others, first)[None]
-    return grams
-
-
-def _moments(block: BlockContext, candidate: Candidate, part: range) -> Tensor | None:
-    """``[len(part), K, K]``: mean ``x xᵀ`` of the rows of those matrices; None when there are no rows at all.
-
-    A matrix that no row reached (an expert nothing was routed to) takes the mean over the rows of all.
-    """
-    site = candidate.primary
-    columns = site.layout.matrix_shape[2]
-    device = block.weight(candidate.name).device
-    sums = torch.zeros(len(part), columns, columns, device=device)
-    counts = torch.zeros(len(part), device=device)
-    pooled, total = torch.zeros(columns, columns, device=device), 0
-    for use in _uses(candidate):
-        for rows in site_rows(block, use):
-            x = rows.values.detach().to(device, torch.float32)  # [M, T, K]
-            total += x.shape[0] * x.shape[1]
-            if rows.first is None:
-                moment = x[0].mT @ x[0]
-                sums += moment
-                counts += x.shape[1]
-                pooled += moment
-                continue
-            inside = [m for m in range(x.shape[0]) if rows.first + m in part]
-            moments = x.mT @ x  # [M, K, K]
-            pooled += moments.sum(0)
-            if inside:
-                at = slice(rows.first + inside[0] - part.start, rows.first + inside[-1] - part.start + 1)
-                sums[at] += moments[inside[0] : inside[-1] + 1]
-                counts[at] += x.shape[1]
-    if total == 0:
-        return None
-    reached = (counts > 0)[:, None, None]
-    return torch.where(reached, sums / counts.clamp_min(1)[:, None, None], pooled / total)
 
 
 def _relative(solutions: Sequence[Solution], which: str) -> float:

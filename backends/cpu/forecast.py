@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -34,17 +35,15 @@ def forecast(
     wide: dict[AnyForm, None] = {}
     narrow: dict[AnyForm, None] = {}
     for name, form in state.forms.items():
-        spec = _spec(form, dtype)
-        if spec is None:
-            continue
-        if name in tables:
-            wide.setdefault(GeneratedEmbedding.form(spec))
-        if spec.activation is not None:
-            wide.setdefault(linear_form(spec))
-            continue
-        if this_machine().bfloat16:
-            wide.setdefault(GeneratedDense.form(spec))
-        narrow.setdefault(linear_form(spec))
+        for spec in _specs(form, dtype):
+            if name in tables:
+                wide.setdefault(GeneratedEmbedding.form(spec))
+            if spec.activation is not None:
+                wide.setdefault(linear_form(spec))
+                continue
+            if this_machine().bfloat16:
+                wide.setdefault(GeneratedDense.form(spec))
+            narrow.setdefault(linear_form(spec))
     found = [*wide, *([AttentionForm(DTYPES[dtype])] if attention else []), *narrow]
     return list(dict.fromkeys(found))
 
@@ -56,14 +55,14 @@ def compile_ahead(
     prefetch(forecast(state, tables, dtype, attention=attention), this_machine().isa)
 
 
-def _spec(form: SiteForm, dtype: torch.dtype) -> LinearSpec | None:
-    terms = [term for term in form.terms if isinstance(term, QuantizedWeight)]
-    if len(terms) != 1 or len(terms[0].shape) != 2:
-        return None
-    (term,) = terms
-    activation = {DynamicPerToken: "dynamic", StaticPerTensor: "static"}.get(type(form.activation))
+def _specs(form: SiteForm, dtype: torch.dtype) -> Iterator[LinearSpec]:
+    """The products with quantized weights; a second factor takes the result of the first, unquantized."""
+    quantizer = {DynamicPerToken: "dynamic", StaticPerTensor: "static"}.get(type(form.activation))
     bits = getattr(form.activation, "bits", 8)
-    rows, columns = term.shape
-    return LinearSpec(
-        *(term.bits, term.zero is None, term.group_size, rows, columns, activation, None, dtype, bits)
-    )
+    for path, term in form.parts():
+        if isinstance(term, QuantizedWeight) and len(term.shape) == 2:
+            activation = None if path.endswith(".u") else quantizer
+            rows, columns = term.shape
+            yield LinearSpec(
+                *(term.bits, term.zero is None, term.group_size, rows, columns, activation, None, dtype, bits)
+            )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -77,7 +77,7 @@ def make_plan(
     nodes: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
     siblings: Sequence[Sequence[fx.Node]],
-    names: Mapping[fx.Node, str],
+    term: Callable[[fx.Node], object],
 ) -> Plan:
     """Choose a kernel for every quantized linear of a block.
 
@@ -85,7 +85,7 @@ def make_plan(
         nodes: The block's nodes.
         inputs: The block's inputs, in order.
         siblings: Groups of linears that share one product.
-        names: Parameter name by ``dequantize_weight`` node, for messages.
+        term: Which weight the codes that an input takes belong to, for messages.
     """
     plan = Plan()
     position = {node: index for index, node in enumerate(inputs)}
@@ -103,10 +103,7 @@ def make_plan(
         for node in group:
             plan.choices[node] = reason
             if kernel is None:
-                weight = weight_of_linear(node)
-                logger.info(
-                    "%s: dequantized at run time (%s)", names.get(weight, "?") if weight else "?", reason
-                )
+                logger.info("%s: dequantized at run time (%s)", term(_dequantize_of(node).codes), reason)
         if kernel is None or spec is None:
             continue
         plan.kernels[first], plan.specs[first], plan.groups[first] = kernel, spec, tuple(group)

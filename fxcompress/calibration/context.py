@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -73,10 +73,18 @@ class Context:
         feed: Where activations come from.
         pass_name: Who solves, for messages.
         seed: Seed of :attr:`generator`.
+        survey: Gives what the pass found out about the whole model.
     """
 
     def __init__(
-        self, plan: Plan, index: int, state: CompressionState, feed: Feed, pass_name: str, seed: int
+        self,
+        plan: Plan,
+        index: int,
+        state: CompressionState,
+        feed: Feed,
+        pass_name: str,
+        seed: int,
+        survey: Callable[[], Any] = lambda: None,
     ) -> None:
         self.program = plan.program
         self.state = state
@@ -86,10 +94,16 @@ class Context:
         self.generator = torch.Generator().manual_seed(seed)
         self._plan = plan
         self._feed = feed
+        self._survey = survey
         self._where = f"pass {pass_name!r}, {self.name}"
         self._runner: BlockRunner | None = None
         self._known: dict[tuple[str, bool], ActivationStatistics] = {}
         self._known_for: dict[str, tuple[Transform, ...]] = {}
+
+    @property
+    def survey(self) -> Any:
+        """What the pass found out about the whole model before its first block."""
+        return self._survey()
 
     def weight(self, name: str) -> Tensor:
         """Current dense tensor of a parameter; read only."""

@@ -10,8 +10,9 @@ from fxcompress.forms.activation import (
     StaticPerTensor,
 )
 from fxcompress.forms.component import Component, component, from_spec
-from fxcompress.forms.emit import Eager, Emit
+from fxcompress.forms.emit import Eager, Emit, Within
 from fxcompress.forms.layout import WeightLayout
+from fxcompress.forms.low_rank import DenseWeight, LowRank
 from fxcompress.forms.outliers import FixedOutliers, OutlierColumns, OutlierSplit, SplitQuantizer
 from fxcompress.forms.site_form import EdgeQuantizer, Permute, Scale, Shift, SiteForm, Transform
 from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
@@ -19,6 +20,7 @@ from fxcompress.forms.terms import FloatWeight, QuantizedWeight, WeightTerm
 __all__ = [
     "ActivationQuantizer",
     "Component",
+    "DenseWeight",
     "DynamicPerGroup",
     "DynamicPerToken",
     "Eager",
@@ -28,6 +30,7 @@ __all__ = [
     "FloatPerTensor",
     "FloatPerToken",
     "FloatWeight",
+    "LowRank",
     "OutlierColumns",
     "OutlierSplit",
     "Permute",
@@ -41,6 +44,7 @@ __all__ = [
     "Transform",
     "WeightLayout",
     "WeightTerm",
+    "Within",
     "component",
     "from_spec",
 ]
