@@ -34,6 +34,9 @@ class WeightRow:
         passes: Passes that changed it, in order.
         error: Largest relative output error a pass caused at it, or None when not measured.
         reason: Why it was left as it is; empty for a compressed one.
+        products_before: Multiplications per row of inputs as the dense matrix it was; 0 for what multiplies
+            nothing.
+        products_after: Multiplications per row of inputs after the run.
     """
 
     name: str
@@ -45,6 +48,8 @@ class WeightRow:
     passes: tuple[str, ...] = ()
     error: float | None = None
     reason: str = ""
+    products_before: int = 0
+    products_after: int = 0
 
 
 @dataclass
@@ -95,6 +100,8 @@ class Report:
             "compressed": sum(1 for row in self.rows if row.form not in ("kept", "edited")),
             "edited": sum(1 for row in self.rows if row.form == "edited"),
             "kept": sum(1 for row in self.rows if row.form == "kept"),
+            "products_before": sum(row.products_before for row in self.rows),
+            "products_after": sum(row.products_after for row in self.rows),
             "bytes_before": self.bytes_before,
             "bytes_after": after,
             "ratio": round(self.bytes_before / after, 4) if after else 1.0,
@@ -188,6 +195,9 @@ class Report:
             f"total: {before:.2f} MB -> {after:.2f} MB ({totals['ratio']:.2f}x),"
             f" {totals['compressed']} of {totals['parameters']} parameters compressed"
         ]
+        done, did = totals["products_after"], totals["products_before"]
+        if done != did:
+            lines.append(f"multiplications per token (or position): {did / 1e6:.2f} M -> {done / 1e6:.2f} M")
         if self.relative_error is not None:
             scored = f", KL {self.kl:.3e} nats per token" if self.kl is not None else ""
             lines.append(f"end to end: relative error {self.relative_error:.3e}{scored}")
@@ -258,6 +268,7 @@ def account_for(
         CoverageError: weights that no pass changed and none gave a reason for.
     """
     used = {site.name for site in sites}
+    multiplied = {site.name for site in sites if site.takes_activation}
     rows, unaccounted = [], []
     for name, tensor in program.weights.items():
         if name not in program.parameters:
@@ -269,6 +280,8 @@ def account_for(
         refusals = [entry for entry in history if entry.action == "Refuse"]
         reported = errors.get(name, max((e.error for e in history if e.error is not None), default=None))
         after = form.nbytes + (0 if form.terms else size)
+        products = tensor.numel() if name in multiplied else 0
+        new_products = sum(term.multiplications for term in form.terms) if form.terms else products
         text = describe_form(form)
         reason = ""
         if not form.terms:
@@ -290,6 +303,8 @@ def account_for(
                 passes=changed,
                 error=reported,
                 reason=reason,
+                products_before=products,
+                products_after=new_products if name in multiplied else 0,
             )
         )
     if unaccounted:

@@ -29,8 +29,10 @@ def formats(state: CompressionState, name: str) -> list[Any]:
 
 @pytest.mark.parametrize("only_remaining", [False, True])
 def test_rounding_to_nearest_takes_both_factors(only_remaining: bool) -> None:
-    result = run([SPLIT, {"quantize-weights": {"bits": 4, "group_size": 8, "only_remaining":
-    only_remaining}}]) state = result.state for name in MATRICES:
+    options = {"bits": 4, "group_size": 8, "only_remaining": only_remaining}
+    result = run([SPLIT, {"quantize-weights": options}])
+    state = result.state
+    for name in MATRICES:
         assert formats(state, name) == [IntFormat(4, False, 8)] * 2
         row = next(row for row in result.report.rows if row.name == name)
         assert row.bytes_after == low_rank(state, name).nbytes
@@ -92,7 +94,9 @@ def test_a_resumed_run_is_the_same(tmp_path: Any) -> None:
 def test_zero_weights() -> None:
     program = capture()
     program.weights[MATRICES[0]].zero_()
-    for rounder in ({"gptq": {"bits": 4, "group_size": 8}}, {"quantize-weights": {"bits": 4, "group_size":
-    8}}):
+    for rounder in (
+        {"gptq": {"bits": 4, "group_size": 8}},
+        {"quantize-weights": {"bits": 4, "group_size": 8}},
+    ):
         state = run([SPLIT, rounder], program).state
         assert not torch.count_nonzero(state.effective(MATRICES[0]).round(decimals=6))
