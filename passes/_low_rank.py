@@ -16,9 +16,9 @@ from fxcompress.edits import Edit, Refuse, SetWeight
 from fxcompress.errors import RecipeError
 from fxcompress.forms import LowRank, WeightLayout
 from fxcompress.pass_base import BlockContext, ModelContext
-from fxcompress.passes._input_moments import input_stages, linear_grams, matrix_moments
 from fxcompress.passes._input_rows import arguments
 from fxcompress.passes._low_rank_solver import Decomposition, decompose, relative_loss
+from fxcompress.passes._moments import linear_grams, moments, stages
 from fxcompress.passes._rank import (
     Spectrum,
     aligned,
@@ -87,7 +87,7 @@ class LowRankPass(SelectivePass):
     heads: bool = field(default=False, kw_only=True)
 
     provides: ClassVar[frozenset[str]] = frozenset({"low-rank"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "sparse-weights"})
     budgets: ClassVar[tuple[str, ...]] = ("layer", "global")
 
     def __post_init__(self) -> None:
@@ -295,7 +295,7 @@ def input_grams(block: BlockContext, stage: Sequence[Candidate]) -> dict[str, Te
         if candidate.primary.kind is SiteKind.LINEAR:
             gram = grams.get(candidate.name)
         else:
-            gram = matrix_moments(block, candidate, range(1))
+            gram = moments(block, candidate, range(1))
         found[candidate.name] = "no calibration token reaches it" if gram is None else gram[0]
     return found
 
@@ -303,7 +303,7 @@ def input_grams(block: BlockContext, stage: Sequence[Candidate]) -> dict[str, Te
 def input_order(chosen: Sequence[Candidate], sequential: str) -> list[list[Candidate]]:
     """``"stage"``: weights with one input together, in graph order; ``"block"``: all at once."""
     if sequential == "stage":
-        return input_stages(chosen)
+        return stages(chosen)
     return [list(chosen)] if chosen else []
 
 

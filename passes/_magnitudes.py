@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fxcompress.analysis.site_types import SiteKind
 from fxcompress.pass_base import BlockContext
-from fxcompress.passes._input_moments import same_uses
 from fxcompress.passes._input_rows import site_rows
+from fxcompress.passes._moments import uses as same_uses
 from fxcompress.passes._selection import Candidate
 
 

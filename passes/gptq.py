@@ -25,8 +25,8 @@ from fxcompress.forms import SiteForm
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._factors import has_dense_factors, solve_factors
 from fxcompress.passes._gptq_solver import Solution, gptq_solve
-from fxcompress.passes._input_moments import input_stages, linear_grams, matrix_moments
 from fxcompress.passes._input_rows import matrix_count, unsupported
+from fxcompress.passes._moments import linear_grams, moments, stages
 from fxcompress.passes._selection import (
     Candidate,
     Role,
@@ -147,14 +147,14 @@ class Gptq(SelectivePass):
                 chosen.append(candidate)
             else:
                 yield Refuse(candidate.name, reason)
-        stages = input_stages(chosen)
+        family = stages(chosen)
         if self.sequential == "block":
-            grams = linear_grams(block, [candidate for stage in stages for candidate in stage])
-            for stage in stages:
+            grams = linear_grams(block, [candidate for stage in family for candidate in stage])
+            for stage in family:
                 for candidate in stage:
                     yield self._edit(block, candidate, grams.get(candidate.name))
             return
-        for stage in stages:
+        for stage in family:
             grams = linear_grams(block, stage)
             for candidate in stage:
                 yield self._edit(block, candidate, grams.get(candidate.name))
@@ -191,7 +191,7 @@ class Gptq(SelectivePass):
         for start in range(0, count, step):
             part = range(start, min(count, start + step))
             if site.kind is not SiteKind.LINEAR:
-                gram = matrix_moments(block, candidate, part)
+                gram = moments(block, candidate, part)
             if gram is None:
                 return Refuse(name, "no calibration token reaches it")
             solutions.append(self._solve(name, split[part.start : part.stop], gram, fmt))
@@ -212,7 +212,7 @@ class Gptq(SelectivePass):
         """Both factors of a low-rank weight, the left one on what the rounded right one gives."""
         name, layout = candidate.name, candidate.primary.layout
         if candidate.primary.kind is not SiteKind.LINEAR:
-            gram = matrix_moments(block, candidate, range(1))
+            gram = moments(block, candidate, range(1))
         if gram is None:
             return Refuse(name, "no calibration token reaches it")
         target = layout.to_matrix(block.state.dense_target(name).detach())[0]

@@ -61,7 +61,7 @@ class Laser(SelectivePass):
     name: ClassVar[str] = "laser"
     summary: ClassVar[str] = "Lower the rank of the few matrices for which validation data ask."
     source: ClassVar[str] = "Sharma et al., 2023 (LASER, arXiv:2312.13558)"
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "low-rank"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "low-rank", "sparse-weights"})
     needs_calibration: ClassVar[bool] = True  # unless search="off"
 
     def __post_init__(self) -> None:

@@ -25,10 +25,10 @@ from fxcompress.formats.integer import quantize_to_term
 from fxcompress.forms import DenseWeight, LowRank, QuantizedWeight, WeightLayout, WeightTerm
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._factors import sum_of_matrices
-from fxcompress.passes._input_moments import input_stages
 from fxcompress.passes._low_rank import Metric, input_grams, no_factors
 from fxcompress.passes._low_rank_solver import Decomposition, cholesky_root, decompose, relative_loss
 from fxcompress.passes._magnitudes import mean_magnitude
+from fxcompress.passes._moments import stages
 from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates, fitting_format
 
 
@@ -102,7 +102,7 @@ class LowRankResidual(SelectivePass):
                 chosen.append(candidate)
             else:
                 yield Refuse(candidate.name, reason)
-        for stage in input_stages(chosen):
+        for stage in stages(chosen):
             metrics = self._metrics(block, stage)
             for candidate in stage:
                 yield self._edit(block, candidate, metrics[candidate.name])

@@ -66,7 +66,7 @@ class Lplr(SelectivePass):
     summary: ClassVar[str] = "Factor weights into low-bit codes with a random sketch (no data needed)."
     source: ClassVar[str] = "Saha et al., 2023 (LPLR, arXiv:2310.11028)"
     provides: ClassVar[frozenset[str]] = frozenset({"low-rank", "quantized-weights"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "low-rank"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "low-rank", "sparse-weights"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

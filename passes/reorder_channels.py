@@ -59,7 +59,9 @@ class ReorderChannels(SelectivePass):
     summary: ClassVar[str] = "Cluster input channels by range and reorder them; the function stays the same."
     source: ClassVar[str] = "Yuan et al., 2023 (RPTQ, arXiv:2304.01089), section 4"
     provides: ClassVar[frozenset[str]] = frozenset({"reordered-channels"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "quantized-activations"})
+    conflicts: ClassVar[frozenset[str]] = frozenset(
+        {"quantized-weights", "quantized-activations", "low-rank"}
+    )
     needs_calibration: ClassVar[bool] = True
     preserves_function: ClassVar[bool] = True
 

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress
+from examples.texts import documentation_text
+from fxcompress.calibration import as_calibration
+from fxcompress.capture import capture_model
 from fxcompress.errors import BindingError
+from fxcompress.manager import run_recipe
 from tests.end_to_end.zoo_checks import relative
 from tests.zoo import entry, generate_tokens, scores
 
@@ -44,12 +48,13 @@ def test_compiled_equals_the_reference_and_survives_saving(recipe: str, tmp_path
     kernels = small.explain()
     small.set_backend("eager")
     reference = scores(small(**animal.inputs()))
-    assert relative(compiled, reference) < (2e-2 if recipe == "rounded activations" else 1e-4)
+    # Machines with bfloat16 products multiply rounded weights in bfloat16.
+    assert relative(compiled, reference) < (1e-4 if recipe == "factors" else 2e-2)
     factors = {name: text for name, text in kernels.items() if name.endswith((" (u)", " (v)"))}
     assert len(factors) == 2 * sum(
         "low-rank" in str(form.to_spec("", {})) for form in small.artifact.forms.values()
     )
-    assert all(("ATen" in text) == ("rounded" not in recipe) for text in factors.values()), factors
+    assert all(("dense factor" in text) == ("rounded" not in recipe) for text in factors.values()), factors
     assert not any("dequantized at run time" in text for text in kernels.values()), kernels
     rows = [row for row in small.report.rows if "rank" in row.form]
     assert rows
@@ -125,3 +130,21 @@ def test_convolutions_compile() -> None:
         "rank 12",
         "rank 9",
     }
+
+
+def test_on_the_real_model_the_metric_of_the_inputs_decides(smollm_small: Any, smollm_tokenizer: Any) -> None:
+    text = documentation_text("calibration")
+    ids = smollm_tokenizer(text, return_tensors="pt").input_ids[0, :768].reshape(3, 256)
+    program = capture_model(smollm_small, (), {"input_ids": ids[:2, :32], "use_cache": False})
+    data = as_calibration([{"input_ids": row[None], "use_cache": False} for row in ids], program)
+    only = {"keep": 0.8, "include": ["model.layers.0.*"]}
+    lost = {
+        name: run_recipe(program, [{name: only}], data, verify="end").report for name in ("svd", "svd-llm")
+    }
+    kl = {name: report.kl for name, report in lost.items()}
+    assert kl["svd"] is not None
+    assert kl["svd-llm"] is not None
+    assert kl["svd-llm"] < 0.5 * kl["svd"]
+    totals = lost["svd"].totals
+    assert totals["products_after"] < totals["products_before"]
+    assert totals["bytes_after"] == lost["svd-llm"].totals["bytes_after"] < totals["bytes_before"]

@@ -22,7 +22,8 @@ def run(
     recipe: Any, program: Program | None = None, data: CalibrationData | None = None, **options: Any
 ) -> RunResult:
     program = program or decoder()
-    return run_recipe(program, recipe, data if data is not None else calibration(program), **options)
+    data = data if data is not None else calibration(program)
+    return run_recipe(program, recipe, data, **{"verify": "off", **options})
 
 
 def low_rank(state: CompressionState, name: str) -> LowRank:

@@ -72,7 +72,7 @@ def test_no_room_is_a_reason() -> None:
         ({"rank": 20}, "rank 20 is above"),
         ({"keep": 0.01}, "does not pay for rank 1"),
     ):
-        state = run([{"lplr": options}, rest], verify="off").state
+        state = run([{"lplr": options}, rest]).state
         assert reason in refusal(state, MATRICES[0], "lplr")
 
 

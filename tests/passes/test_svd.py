@@ -40,7 +40,7 @@ def test_numerics_equal_a_truncated_decomposition() -> None:
 
 @pytest.mark.parametrize("rank", [11, 12, 16])
 def test_a_split_that_does_not_shrink_is_refused(rank: int) -> None:
-    state = run([{"svd": {"rank": rank}}, "quantize-weights"], verify="off").state
+    state = run([{"svd": {"rank": rank}}, "quantize-weights"]).state
     for name in MATRICES:
         assert "do below 11" in refusal(state, name, "svd")  # 32 · 16 / 48 = 10.7
 
@@ -144,7 +144,7 @@ def test_bad_options_are_named(options: dict[str, Any], match: str) -> None:
 
 
 def test_a_budget_too_small_for_rank_one_is_a_reason() -> None:
-    state = run([{"svd": {"keep": 0.05}}, "quantize-weights"], verify="off").state
+    state = run([{"svd": {"keep": 0.05}}, "quantize-weights"]).state
     assert "does not pay for rank 1" in refusal(state, MATRICES[0], "svd")
     with pytest.raises(CoverageError, match="'svd' made no edit"):
         run([{"svd": {"keep": 0.05}}])

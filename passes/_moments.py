@@ -13,16 +13,16 @@ from fxcompress.passes._input_rows import site_rows
 from fxcompress.passes._selection import Candidate
 
 
-def input_stages(chosen: Sequence[Candidate]) -> list[list[Candidate]]:
+def stages(chosen: Sequence[Candidate]) -> list[list[Candidate]]:
     """Linear sites that read the same value together, all others alone, in graph order."""
-    stages: dict[object, list[Candidate]] = {}
+    found: dict[object, list[Candidate]] = {}
     for candidate in chosen:
         alone = candidate.primary.kind is not SiteKind.LINEAR
-        stages.setdefault(candidate.name if alone else candidate.primary.input, []).append(candidate)
-    return list(stages.values())
+        found.setdefault(candidate.name if alone else candidate.primary.input, []).append(candidate)
+    return list(found.values())
 
 
-def same_uses(candidate: Candidate) -> list[Site]:
+def uses(candidate: Candidate) -> list[Site]:
     """Uses in this block that read the weight as the primary one does."""
     first = candidate.primary
     return [site for site in candidate.here if site.kind is first.kind and site.layout == first.layout]
@@ -31,13 +31,13 @@ def same_uses(candidate: Candidate) -> list[Site]:
 def linear_grams(block: BlockContext, chosen: Sequence[Candidate]) -> dict[str, Tensor]:
     """``[1, K, K]`` by parameter name for linear sites that any token reached."""
     linear = [candidate for candidate in chosen if candidate.primary.kind is SiteKind.LINEAR]
-    sites = [site for candidate in linear for site in same_uses(candidate)]
+    sites = [site for candidate in linear for site in uses(candidate)]
     if not sites:
         return {}
     statistics = block.statistics(sites, gram=True)
     grams = {}
     for candidate in linear:
-        seen = [statistics[site.input.name] for site in same_uses(candidate) if site.input is not None]
+        seen = [statistics[site.input.name] for site in uses(candidate) if site.input is not None]
         seen = [entry for entry in seen if entry.count > 0]
         total = sum(entry.count for entry in seen)
         if total:
@@ -48,7 +48,7 @@ def linear_grams(block: BlockContext, chosen: Sequence[Candidate]) -> dict[str, 
     return grams
 
 
-def matrix_moments(block: BlockContext, candidate: Candidate, part: range) -> Tensor | None:
+def moments(block: BlockContext, candidate: Candidate, part: range) -> Tensor | None:
     """``[len(part), K, K]``: mean ``x xᵀ`` of the rows of those matrices; None when there are no rows at all.
 
     A matrix that no row reached (an expert nothing was routed to) takes the mean over the rows of all.
@@ -59,7 +59,7 @@ def matrix_moments(block: BlockContext, candidate: Candidate, part: range) -> Te
     sums = torch.zeros(len(part), columns, columns, device=device)
     counts = torch.zeros(len(part), device=device)
     pooled, total = torch.zeros(columns, columns, device=device), 0
-    for use in same_uses(candidate):
+    for use in uses(candidate):
         for rows in site_rows(block, use):
             x = rows.values.detach().to(device, torch.float32)  # [M, T, K]
             total += x.shape[0] * x.shape[1]
@@ -70,11 +70,11 @@ def matrix_moments(block: BlockContext, candidate: Candidate, part: range) -> Te
                 pooled += moment
                 continue
             inside = [m for m in range(x.shape[0]) if rows.first + m in part]
-            moments = x.mT @ x  # [M, K, K]
-            pooled += moments.sum(0)
+            products = x.mT @ x  # [M, K, K]
+            pooled += products.sum(0)
             if inside:
                 at = slice(rows.first + inside[0] - part.start, rows.first + inside[-1] - part.start + 1)
-                sums[at] += moments[inside[0] : inside[-1] + 1]
+                sums[at] += products[inside[0] : inside[-1] + 1]
                 counts[at] += x.shape[1]
     if total == 0:
         return None
