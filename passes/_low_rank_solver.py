@@ -90,6 +90,7 @@ def cholesky_root(gram: Tensor, shrinkage: float = 0.0) -> Tensor:
     unit = mean if mean > 0 else 1.0
     eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
     damping = 0.0
+    lower: Tensor
     for attempt in range(_ATTEMPTS):
         lower, info = torch.linalg.cholesky_ex(g + damping * eye)
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
@@ -108,8 +109,8 @@ def cholesky_root(gram: Tensor, shrinkage: float = 0.0) -> Tensor:
 def refit_left(weight: Tensor, v: Tensor, gram: Tensor) -> Tensor:
     """``u: [N, r]`` that minimises ``E‖(W − u v)x‖²`` for a fixed ``v: [r, K]``: ``W G vᵀ (v G vᵀ)⁻¹``."""
     w, right, g = weight.double(), v.double(), gram.double()
-    inner = right @ g @ right.mT
-    return w @ g @ right.mT @ torch.linalg.pinv(inner, hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(right @ g @ right.mT, hermitian=True)
+    return w @ g @ right.mT @ inverse
 
 
 def output_loss(difference: Tensor, gram: Tensor | None) -> float:
