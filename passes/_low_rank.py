@@ -70,6 +70,7 @@ class LowRankPass(SelectivePass):
             their sum, in (0, 1]. Default None.
         budget: ``"layer"``: every weight keeps ``keep`` of its numbers. ``"global"``: all weights together
             do; ranks are allocated to lose least, the sum of relative squared errors. Default ``"layer"``.
+            (``"search"`` is for passes that say so.)
         multiple: Ranks from ``keep`` are rounded down, those from ``energy`` up to a multiple of this, which
             kernels like. Default 8.
         heads: Factor untied output heads too. Default False.
@@ -82,7 +83,7 @@ class LowRankPass(SelectivePass):
     keep: float | None = field(default=None, kw_only=True)
     rank: int | None = field(default=None, kw_only=True)
     energy: float | None = field(default=None, kw_only=True)
-    budget: Literal["layer", "global"] = field(default="layer", kw_only=True)
+    budget: Literal["layer", "global", "search"] = field(default="layer", kw_only=True)
     multiple: int = field(default=8, kw_only=True)
     heads: bool = field(default=False, kw_only=True)
 
@@ -139,7 +140,7 @@ class LowRankPass(SelectivePass):
     def allocation(self, model: ModelContext, known: Mapping[str, Tensor]) -> Mapping[str, int | None]:
         """Ranks under a global budget, from the spectra of all weights."""
         spectra = {
-            candidate.name: Spectrum(*found.weight.shape, found.values)
+            candidate.name: Spectrum(len(found.weight), found.weight.shape[1], found.values)
             for _, candidate, found in self.decompositions(model, known)
         }
         return allocate_ranks(spectra, self.share, self.multiple)
@@ -201,9 +202,10 @@ class LowRankPass(SelectivePass):
         rows, columns = found.weight.shape
         small = min(rows, columns)
         if self.budget != "layer":
-            rank = block.survey.ranks.get(name)
-            if rank is None:
+            allotted: int | None = block.survey.ranks.get(name)
+            if allotted is None:
                 return "the allocation leaves it whole: other weights lose less"
+            rank = allotted
         elif self.rank is not None:
             rank = self.rank
             if rank > small:
@@ -307,11 +309,18 @@ def input_order(chosen: Sequence[Candidate], sequential: str) -> list[list[Candi
     return [list(chosen)] if chosen else []
 
 
-def check_share(pass_name: str, option: str, value: float | None, *, open_end: bool) -> None:
-    """Refuse a share outside (0, 1), or (0, 1] unless ``open_end``."""
+def check_number(pass_name: str, option: str, value: object, low: float, high: float) -> None:
+    """Refuse what is no number ``low…high``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        end = f"…{high:g}" if math.isfinite(high) else " or more"
+        raise RecipeError(f"{pass_name}: {option}={value!r}, expected a number {low:g}{end}.")
+
+
+def check_share(pass_name: str, option: str, value: object, *, open_end: bool) -> None:
+    """Refuse a share outside (0, 1), or (0, 1] unless ``open_end``; None passes."""
     if value is None:
         return
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not 0 < value <= 1 or (open_end and value == 1):
+    if not number or not 0 < value <= 1 or (open_end and value == 1):  # type: ignore[operator]
         end = "below 1" if open_end else "up to 1"
         raise RecipeError(f"{pass_name}: {option}={value!r}, expected a number above 0 and {end}.")

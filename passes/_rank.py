@@ -33,14 +33,15 @@ def energy_rank(values: Tensor, energy: float) -> int:
 
     Args:
         values: Singular values, descending.
-        energy: In (0, 1]. 1 keeps every singular value above the resolution of float64.
+        energy: In (0, 1]. 1 keeps every singular value above the resolution of float32, in which weights are
+            stored at best.
     """
     squares = values.double().square()
     total = float(squares.sum())
     if total == 0:
         return 1
     if energy == 1:
-        floor = float(values[0]) * torch.finfo(torch.float64).eps * len(values)
+        floor = float(values[0]) * torch.finfo(torch.float32).eps * len(values)
         return max(1, int((values > floor).sum()))
     reached = squares.cumsum(0) >= energy * total * (1 - 1e-12)
     return int(reached.int().argmax()) + 1 if bool(reached.any()) else len(values)

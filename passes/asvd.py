@@ -11,14 +11,14 @@ layer by what truncating it alone does to the model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from fxcompress.errors import RecipeError
 from fxcompress.pass_base import BlockContext, ModelContext
-from fxcompress.passes._low_rank import LowRankPass, Metric, check_share
+from fxcompress.passes._low_rank import LowRankPass, Metric, check_number, check_share
 from fxcompress.passes._magnitudes import mean_magnitude
 from fxcompress.passes._rank import aligned, break_even, budget_rank, truncation_search
 from fxcompress.passes._selection import Candidate
@@ -51,7 +51,6 @@ class Asvd(LowRankPass):
     """
 
     alpha: float = 0.5
-    budget: Literal["layer", "global", "search"] = field(default="layer", kw_only=True)
     shares: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
     name: ClassVar[str] = "asvd"
@@ -62,9 +61,7 @@ class Asvd(LowRankPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not number or not 0 <= self.alpha <= 1:
-            raise RecipeError(f"{self.name}: alpha={self.alpha!r}, expected a number 0…1.")
+        check_number(self.name, "alpha", self.alpha, 0, 1)
         object.__setattr__(self, "shares", tuple(self.shares))
         if not self.shares:
             raise RecipeError(f"{self.name}: shares is empty.", fix="shares=(0.5, 0.7, 0.9)")

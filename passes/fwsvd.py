@@ -102,7 +102,9 @@ class Fwsvd(LowRankPass):
                     raise CalibrationError(str(error), fix="labels='model' needs no labels.") from error
             else:
                 loss = function.sampled_loss(batch, generator, latent)
-            found = torch.autograd.grad(loss, list(latent.values()), allow_unused=True)
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                loss, list(latent.values()), allow_unused=True
+            )
         gradients = {name: g for name, g in zip(latent, found, strict=True) if g is not None}
         for name, gradient in gradients.items():
             if not bool(torch.isfinite(gradient).all()):

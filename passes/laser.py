@@ -21,7 +21,7 @@ from torch import Tensor
 from fxcompress.edits import Edit, Refuse, SetTensor
 from fxcompress.errors import RecipeError
 from fxcompress.pass_base import BlockContext, ModelContext, ModelFunction
-from fxcompress.passes._low_rank import check_share, low_rank_edit, no_factors
+from fxcompress.passes._low_rank import check_number, check_share, low_rank_edit, no_factors
 from fxcompress.passes._low_rank_solver import Decomposition, decompose
 from fxcompress.passes._rank import break_even
 from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates
@@ -76,9 +76,7 @@ class Laser(SelectivePass):
             raise RecipeError(
                 f"{self.name}: {found} shares with search={self.search!r}.", fix="shares=(0.1,) with 'off'."
             )
-        number = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)
-        if not number or not 0 <= self.tolerance < math.inf:
-            raise RecipeError(f"{self.name}: tolerance={self.tolerance!r}, expected a number from 0.")
+        check_number(self.name, "tolerance", self.tolerance, 0, math.inf)
         if not isinstance(self.factored, bool):
             raise RecipeError(f"{self.name}: factored={self.factored!r}, expected true or false.")
         object.__setattr__(self, "needs_calibration", self.search != "off")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxcompress.errors import CalibrationError, RecipeError
 from fxcompress.pass_base import BlockContext
-from fxcompress.passes._low_rank import LowRankPass, Metric, input_grams, input_order
+from fxcompress.passes._low_rank import LowRankPass, Metric, check_number, input_grams, input_order
 from fxcompress.passes._low_rank_solver import cholesky_root, refit_left
 from fxcompress.passes._selection import Candidate
 
@@ -68,9 +68,7 @@ class SvdLlm(LowRankPass):
                 f"{self.name}: refit=True has nothing to fit with sequential='stage'.",
                 fix="sequential='block', or refit=False.",
             )
-        number = isinstance(self.shrinkage, int | float) and not isinstance(self.shrinkage, bool)
-        if not number or not 0 <= self.shrinkage <= 1:
-            raise RecipeError(f"{self.name}: shrinkage={self.shrinkage!r}, expected a number 0…1.")
+        check_number(self.name, "shrinkage", self.shrinkage, 0, 1)
 
     def stages(self, block: BlockContext, chosen: Sequence[Candidate]) -> list[list[Candidate]]:
         """See ``sequential``."""

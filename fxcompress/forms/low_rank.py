@@ -31,7 +31,7 @@ class DenseWeight(WeightTerm):
     values: Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
+        if not self.values.is_floating_point():
             raise FormatError("DenseWeight: values is no floating-point tensor.")
 
     @property
