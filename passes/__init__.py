@@ -7,13 +7,18 @@ if __name__ != "fxcompress.passes":
         " Install the project (pip install -e .) and import fxcompress.passes."
     )
 
+from fxcompress.passes.asvd import Asvd
 from fxcompress.passes.awq import Awq
 from fxcompress.passes.balance_attention import BalanceAttention
 from fxcompress.passes.clip_weights import ClipWeights
 from fxcompress.passes.fuse_siblings import FuseSiblings
+from fxcompress.passes.fwsvd import Fwsvd
 from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.insert_quant_dequant import InsertQuantDequant
+from fxcompress.passes.laser import Laser
 from fxcompress.passes.layer_distill import LayerDistill
+from fxcompress.passes.low_rank_residual import LowRankResidual
+from fxcompress.passes.lplr import Lplr
 from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_codebook import QuantizeCodebook
@@ -23,15 +28,22 @@ from fxcompress.passes.reorder_channels import ReorderChannels
 from fxcompress.passes.smooth_activations import SmoothActivations
 from fxcompress.passes.split_outlier_features import SplitOutlierFeatures
 from fxcompress.passes.suppress_outliers import SuppressOutliers
+from fxcompress.passes.svd import Svd
+from fxcompress.passes.svd_llm import SvdLlm
 
 __all__ = [
+    "Asvd",
     "Awq",
     "BalanceAttention",
     "ClipWeights",
     "FuseSiblings",
+    "Fwsvd",
     "Gptq",
     "InsertQuantDequant",
+    "Laser",
     "LayerDistill",
+    "LowRankResidual",
+    "Lplr",
     "PruneChannels",
     "QuantizeActivations",
     "QuantizeCodebook",
@@ -41,4 +53,6 @@ __all__ = [
     "SmoothActivations",
     "SplitOutlierFeatures",
     "SuppressOutliers",
+    "Svd",
+    "SvdLlm",
 ]
