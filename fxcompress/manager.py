@@ -274,8 +274,8 @@ class _Run:
         decisions = () if current is None else current.decisions.get(index, ())
 
         def solve() -> list[Edit]:
-            options = {"groups": self.groups, "decisions": decisions, "survey": survey}
-            context = Context(self.plan, index, self.state, feed, item.name, seed, **options)
+            place = (self.plan, index, self.state, feed, item.name, seed)
+            context = Context(*place, groups=self.groups, decisions=decisions, survey=survey)
             return list(self._solve(item, context, seed))
 
         made, resumed = self._stored(item, index, solve)
