@@ -77,8 +77,18 @@ def write_model(model: ir.Model, path: Path, *, external: bool | None, threshold
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def publish(folder: Path, destination: Path) -> list[Path]:
-    """Move everything in ``folder`` beside ``destination``, the model itself last."""
+def publish(folder: Path, destination: Path, *, overwrite: bool) -> list[Path]:
+    """Move everything in ``folder`` beside ``destination``, the model itself last.
+
+    Raises:
+        ArtifactError: a file of that name exists and must not be replaced.
+    """
+    taken = [file.name for file in sorted(folder.iterdir()) if (destination.parent / file.name).exists()]
+    if taken and not overwrite:
+        raise ArtifactError(
+            f"{destination.parent}: {', '.join(taken)} exist already.",
+            fix="write to an empty directory, or pass overwrite=True.",
+        )
     names = sorted(
         (file.name for file in folder.iterdir()), key=lambda name: (name == destination.name, name)
     )
