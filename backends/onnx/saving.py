@@ -95,6 +95,6 @@ def publish(folder: Path, destination: Path, *, overwrite: bool) -> list[Path]:
     for name in names:
         os.replace(folder / name, destination.parent / name)
     stale = destination.parent / f"{destination.name}.data"
-    if stale.name not in names and stale.exists():
+    if overwrite and stale.name not in names and stale.exists():
         stale.unlink()
     return [destination.parent / name for name in names]

@@ -103,6 +103,15 @@ def test_convolutions_between_quantizers_run_as_integers(tmp_path: Path) -> None
     assert max(p.relative for p in report.parity) < 0.02
 
 
+def test_products_of_matrices_with_a_bias_run_as_integers(tmp_path: Path) -> None:
+    rows = ROWS.flatten(0, 1)
+    report = compressed(Perceptron().eval(), STATIC, rows).export_onnx(
+        tmp_path / "m.onnx", example_inputs=rows
+    )
+    assert report.kernels["QGemm"] == 1, report
+    assert max(p.relative for p in report.parity) < 0.01
+
+
 class Normalised(nn.Module):
     """A root-mean-square normalisation in front of a linear, as decoders spell it."""
 
