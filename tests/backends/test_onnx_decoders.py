@@ -129,7 +129,9 @@ def test_models_without_such_a_cache_are_refused(name: str, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("bert", "w8a8"), ("vit", "w4a16"), ("t5", "w8a16")])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("bert", "w8a8"), ("vit", "w4a16"), ("t5", "w8a16"), ("mixtral", "w8a16")]
+)
 def test_other_structures_export_and_match(name: str, recipe: str, tmp_path: Path) -> None:
     animal = entry(name)
     small: fxcompress.CompressedModel = compressed(animal.build(), recipe, animal.inputs())
