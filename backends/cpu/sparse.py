@@ -244,7 +244,8 @@ def noted(store: WeightStore, program: Program, choices: Mapping[str, str]) -> d
 
 def _impossible(term: WeightTerm, dense: Tensor) -> str | None:
     """Why no kernel takes a weight, or None."""
-    if dense.dim() != 2 or getattr(term.layout, "batch_dims", 0):  # type: ignore[attr-defined]
+    layout: WeightLayout = term.layout  # type: ignore[attr-defined]
+    if dense.dim() != 2 or layout.batch_dims:
         return "it is no matrix"
     isa = this_machine().isa
     if dense.dtype not in DTYPES or isa.lanes != CHUNK:
