@@ -50,6 +50,18 @@ def test_the_layout_holds_the_weight(kind: str, rows: int, columns: int, turned:
         assert term.even == (kind in ("2:4", "4:8"))
 
 
+def test_zeros_among_what_is_kept_leave_words_even_and_sizes_equal() -> None:
+    dense = weight(32, 64, "2:4", torch.float32)
+    dense[3, dense[3].nonzero()[0]] = 0
+    term = sparse.row_bitmap(dense, (0, 1))
+    assert term.even
+    assert term.values.numel() == 32 * 64 // 2 + 16
+    assert torch.equal(term.dense(torch.float32), dense)
+    loose = sparse.row_bitmap(weight(64, 100, "0.2", torch.float32), (0, 1))
+    assert not loose.even
+    assert (loose.values.numel() - 16) % (64 * 100 // 64) == 0
+
+
 def test_half_the_entries_of_a_row_need_not_be_half_of_every_word() -> None:
     dense = torch.zeros(2, 32)
     dense[0, :12], dense[0, 28:], dense[1, ::2] = 1.0, 2.0, 3.0
