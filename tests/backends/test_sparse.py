@@ -16,6 +16,8 @@ from fxcompress.backends.cpu.isa import AVX512_VNNI, PORTABLE
 from fxcompress.backends.cpu.native import ensure_kernel
 from fxcompress.backends.cpu.selection import this_machine
 from fxcompress.backends.cpu.sparse_native import python_sparse_expand, python_sparse_linear
+from fxcompress.capture import capture_model
+from fxcompress.manager import run_recipe
 from fxcompress.passes._pruning import keep_groups
 from tests.engine.models import build, tokens
 
@@ -149,6 +151,23 @@ def test_memory_is_that_of_the_entries_where_a_kernel_reads_them() -> None:
     dense_bytes = sum(row.bytes_before for row in made.report.rows) - sparse_bytes
     held = made.resident_bytes() - dense_bytes
     assert held <= (0.9 if HAS_KERNEL else 1.01) * sparse_bytes  # offsets weigh much in rows of 16 inputs
+
+
+def test_torch_compile_takes_packed_weights_and_refuses_edited_ones() -> None:
+    """Its graph reads the user's parameters, so an edit of them would be lost."""
+    model, x = Wide().eval(), torch.randn(2, 48)
+    pruned = {"prune-magnitude": {"pattern": "2:4"}}
+    options = {"recipe": [pruned, "pack-sparse"], "inner": "eager"}
+    with torch.no_grad():
+        y = torch.compile(model, backend="fxcompress", options=options)(x)
+        state = run_recipe(capture_model(model, (x,)), [pruned], verify="off").state
+        weights = {name: state.effective(name) for name in state.masks}
+        torch.testing.assert_close(y, torch.func.functional_call(model, weights, (x,)))
+        assert set(weights) == {"up.weight", "down.weight"}
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="the recipe edits it in place"):
+            torch.compile(model, backend="fxcompress", options={"recipe": [pruned], "inner": "eager"})(x)
+    torch._dynamo.reset()
 
 
 def test_what_pays_is_a_rule_over_densities() -> None:
