@@ -13,13 +13,16 @@ from fxcompress.passes.clip_weights import ClipWeights
 from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.insert_quant_dequant import InsertQuantDequant
+from fxcompress.passes.kvquant import Kvquant
 from fxcompress.passes.layer_distill import LayerDistill
 from fxcompress.passes.quantize_activations import QuantizeActivations
+from fxcompress.passes.quantize_kv_cache import QuantizeKvCache
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.reorder_channels import ReorderChannels
 from fxcompress.passes.smooth_activations import SmoothActivations
 from fxcompress.passes.split_outlier_features import SplitOutlierFeatures
 from fxcompress.passes.suppress_outliers import SuppressOutliers
+from fxcompress.passes.wkvquant import Wkvquant
 
 __all__ = [
     "Awq",
@@ -28,11 +31,14 @@ __all__ = [
     "FuseSiblings",
     "Gptq",
     "InsertQuantDequant",
+    "Kvquant",
     "LayerDistill",
     "QuantizeActivations",
+    "QuantizeKvCache",
     "QuantizeWeights",
     "ReorderChannels",
     "SmoothActivations",
     "SplitOutlierFeatures",
     "SuppressOutliers",
+    "Wkvquant",
 ]
