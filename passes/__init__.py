@@ -13,16 +13,19 @@ from fxcompress.passes.clip_weights import ClipWeights
 from fxcompress.passes.fuse_siblings import FuseSiblings
 from fxcompress.passes.gptq import Gptq
 from fxcompress.passes.insert_quant_dequant import InsertQuantDequant
+from fxcompress.passes.kvquant import Kvquant
 from fxcompress.passes.layer_distill import LayerDistill
 from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.quantize_activations import QuantizeActivations
 from fxcompress.passes.quantize_codebook import QuantizeCodebook
+from fxcompress.passes.quantize_kv_cache import QuantizeKvCache
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.remove_blocks import RemoveBlocks
 from fxcompress.passes.reorder_channels import ReorderChannels
 from fxcompress.passes.smooth_activations import SmoothActivations
 from fxcompress.passes.split_outlier_features import SplitOutlierFeatures
 from fxcompress.passes.suppress_outliers import SuppressOutliers
+from fxcompress.passes.wkvquant import Wkvquant
 
 __all__ = [
     "Awq",
@@ -31,14 +34,17 @@ __all__ = [
     "FuseSiblings",
     "Gptq",
     "InsertQuantDequant",
+    "Kvquant",
     "LayerDistill",
     "PruneChannels",
     "QuantizeActivations",
     "QuantizeCodebook",
+    "QuantizeKvCache",
     "QuantizeWeights",
     "RemoveBlocks",
     "ReorderChannels",
     "SmoothActivations",
     "SplitOutlierFeatures",
     "SuppressOutliers",
+    "Wkvquant",
 ]
