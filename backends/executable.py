@@ -68,13 +68,14 @@ class Executable:
                     self._forms.append((applied.form_inputs[node.name], slot))
                 else:
                     self._arguments.append((order[node.name], slot))
+        self._types: dict[int, tuple[torch.Size, torch.dtype]] | None = None  # of the constants, by slot
         self._plan(slots, regions)
         self._bindings = [self._bind(self._weights(program), store, [])]
 
     def _plan(self, slots: dict[fx.Node, int], regions: Sequence[Region] | None) -> None:
         self._steps: list[tuple[Callable[..., Any], list[int], list[int]]] = []
-        self._packed: list[tuple[Any, tuple[str, ...], str, int]] = []
-        packed_slots: dict[tuple[str, tuple[str, ...], str], int] = {}
+        self._packed: list[tuple[Any, tuple[TensorRef, ...], str, int]] = []
+        packed_slots: dict[tuple[str, tuple[TensorRef, ...], str], int] = {}
         self._attributes: list[tuple[int, Any]] = []
         # Slot or constant of every output; None when the only step returns the outputs itself.
         self._outputs: list[Any] | None = None
@@ -96,11 +97,11 @@ class Executable:
                 n_slots += 1
         for region in regions:
             sources = [slots[node] for node in region.values]
-            for item, names in region.packed:
-                key = (item.layout.name, names, item.tensor)
+            for item, terms in region.packed:
+                key = (item.layout.name, terms, item.tensor)
                 if key not in packed_slots:
                     packed_slots[key] = n_slots
-                    self._packed.append((item.layout, names, item.tensor, n_slots))
+                    self._packed.append((item.layout, terms, item.tensor, n_slots))
                     n_slots += 1
                 sources.append(packed_slots[key])
             targets = []
@@ -215,18 +216,25 @@ class Executable:
         constants = list(self._attributes)
         for ref, slot in self._forms:
             constants.append((slot, store.tensor(ref)))
-        for layout, names, tensor, slot in self._packed:
-            packed = store.packed(layout, names)
+        for layout, terms, tensor, slot in self._packed:
+            packed = store.packed(layout, terms)
             if tensor not in packed:
-                raise BindingError(
-                    f"{names[0]}: these parameters were compressed to another form than"
-                    " the compiled graph expects.",
-                    fix="compile the second model separately.",
-                )
+                raise _other_form(terms[0].name)
             constants.append((slot, packed[tensor]))
+        self._check_types(constants)
         return _Binding(
             [weakref.ref(owner) for owner in owners], [version_of(owner) for owner in owners], constants
         )
+
+    def _check_types(self, constants: Sequence[tuple[int, Any]]) -> None:
+        """Compiled code relies on the shapes it was compiled for; a rank or a grid may differ elsewhere."""
+        types = {slot: (value.shape, value.dtype) for slot, value in constants if isinstance(value, Tensor)}
+        expected = self._types = types if self._types is None else self._types
+        if types != expected:
+            names = {slot: ref.name for ref, slot in self._forms}
+            names.update({slot: terms[0].name for _, terms, _, slot in self._packed})
+            wrong = next(slot for slot in types if types[slot] != expected.get(slot))
+            raise _other_form(names.get(wrong, "a constant"))
 
     def _weights(self, program: Program) -> dict[str, Tensor]:
         return dict(program.weights)
@@ -237,6 +245,13 @@ class Executable:
             if name in self._program.weight_of:
                 weights[self._program.weight_of[name]] = args[index]
         return weights
+
+
+def _other_form(name: str) -> BindingError:
+    return BindingError(
+        f"{name}: these parameters were compressed to another form than the compiled graph expects.",
+        fix="compile the second model separately.",
+    )
 
 
 def version_of(tensor: Tensor) -> int:

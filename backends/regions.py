@@ -29,6 +29,7 @@ from fxcompress.backends.cpu.lowering import (
 )
 from fxcompress.backends.cpu.roofline import KernelUse
 from fxcompress.compat import fake_mode_of, trace_pre_dispatch
+from fxcompress.form_inputs import TensorRef
 from fxcompress.store import WeightStore
 
 logger = logging.getLogger("fxcompress.backends")
@@ -42,13 +43,13 @@ class Region:
     Args:
         function: Compiled; takes one list of the values below in order, returns the block outputs.
         values: Nodes of the outer graph whose values come first.
-        packed: Then packed tensors: (input description, parameter names).
+        packed: Then packed tensors: (input description, the terms it packs).
         outputs: Nodes of the outer graph that the results are.
     """
 
     function: Callable[..., Any]
     values: tuple[fx.Node, ...]
-    packed: tuple[tuple[PackedInput, tuple[str, ...]], ...]
+    packed: tuple[tuple[PackedInput, tuple[TensorRef, ...]], ...]
     outputs: tuple[fx.Node, ...]
 
 
@@ -92,17 +93,17 @@ class RegionCompiler:
         key = repr((block.structure, len(inputs), [[place[node] for node in group] for group in siblings]))
         symbols = _symbols(inputs)
         if key not in self.cache:
-            plan = make_plan(block.nodes, inputs, siblings, self.applied.dequantized)
+            plan = make_plan(block.nodes, inputs, siblings, self._term)
             self.cache[key] = self._compile(block, inputs, plan, symbols, mode)
         compiled = self.cache[key]
         self._explain(block, compiled)
         _unify(compiled.symbols, symbols, mode)
         self.uses += [
-            KernelUse(compiled.specs[position], tuple(self._name(inputs[p]) for p in position))
+            KernelUse(compiled.specs[position], tuple(self._term(inputs[p]) for p in position))
             for position in compiled.specs
         ]
         packed = tuple(
-            (item, tuple(self._name(inputs[position]) for position in item.positions))
+            (item, tuple(self._term(inputs[position]) for position in item.positions))
             for item in compiled.packed
         )
         values = tuple(inputs[index] for index in compiled.kept)
@@ -114,7 +115,11 @@ class RegionCompiler:
             node = block.nodes[index]
             weight = weight_of_linear(node) or weight_of_experts(node, DEQUANTIZE)
             if weight is not None:
-                self.choices[self.applied.dequantized[weight]] = text
+                self.choices[str(self._term(weight.args[0]))] = text
+        for node in block.inputs:
+            ref = self.applied.form_inputs.get(node.name)
+            if ref is not None and ref.path.endswith((".u.values", ".v.values")):
+                self.choices[str(ref.owner)] = "dense factor: ATen"
         for node in block.nodes:
             product = sparse.weight_of(node)
             if product is not None:
@@ -131,16 +136,17 @@ class RegionCompiler:
 
     def _siblings(self, block: Block) -> list[list[fx.Node]]:
         """Groups of linears of this block that the state fuses and that read the same activation."""
-        by_name: dict[str, fx.Node] = {}
+        at: dict[TensorRef, fx.Node] = {}
         for node in block.nodes:
             weight = weight_of_linear(node)
             if weight is not None:
-                by_name.setdefault(self.applied.dequantized[weight], node)
+                at.setdefault(self._term(weight.args[0]), node)
         groups = []
         for names in self.store.state.fused:
-            nodes = [by_name[name] for name in names if name in by_name]
-            if len(nodes) == len(names) > 1 and len({node.args[0] for node in nodes}) == 1:
-                groups.append(sorted(nodes, key=block.nodes.index))
+            for path in [ref.path for ref in at if ref.name == names[0]]:
+                nodes = [at[ref] for name in names if (ref := TensorRef(name, path)) in at]
+                if len(nodes) == len(names) > 1 and len({node.args[0] for node in nodes}) == 1:
+                    groups.append(sorted(nodes, key=block.nodes.index))
         return groups
 
     def _compile(
@@ -155,8 +161,8 @@ class RegionCompiler:
         local = translate(plan, node_map)
         packed: dict[PackedInput, Tensor] = {}
         for layout, positions in needed_layouts(plan):
-            names = [self._name(inputs[position]) for position in positions]
-            for tensor, value in self.store.packed(layout, names).items():
+            terms = [self._term(inputs[position]) for position in positions]
+            for tensor, value in self.store.packed(layout, terms).items():
                 packed[PackedInput(layout, positions, tensor)] = value
         keys = tuple(packed)
         fakes = [node.meta.get("val") for node in inputs]
@@ -179,8 +185,9 @@ class RegionCompiler:
         choices = {block.nodes.index(node): text for node, text in plan.choices.items()}
         return _Compiled(function, tuple(kept), taken, symbols, specs, choices)
 
-    def _name(self, node: fx.Node) -> str:
-        return self.applied.form_inputs[node.name].name
+    def _term(self, codes: Any) -> TensorRef:
+        """The quantized term whose codes a graph input takes."""
+        return self.applied.form_inputs[codes.name].owner
 
     def _with_sizes(self, inputs: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
         """Add a scalar input for every symbol that no input shows as a plain size."""

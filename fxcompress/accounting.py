@@ -28,6 +28,7 @@ def account_for(
     compresses: bool,
     zeros: Mapping[str, int] | None = None,
     original: Program | None = None,
+    original_sites: Sequence[Site] | None = None,
     changes: Sequence[Change] = (),
 ) -> tuple[WeightRow, ...]:
     """One row for every parameter of the original model.
@@ -40,6 +41,7 @@ def account_for(
         compresses: Whether some pass of the recipe compresses weights, so that each weight needs a reason.
         zeros: Exact zeros of pruned parameters.
         original: The program before any cut. Default: ``program``.
+        original_sites: Its weight sites. Default: ``sites``.
         changes: What was cut in between.
 
     Raises:
@@ -47,13 +49,17 @@ def account_for(
     """
     original = original or program
     used = {site.name for site in sites}
+    multiplied = {site.name for site in sites if site.takes_activation}
+    first = sites if original_sites is None else original_sites
+    multiplied_before = {site.name for site in first if site.takes_activation}
     rows, unaccounted = [], []
     for first_name, before in original.weights.items():
         if first_name not in original.parameters:
             continue
         name = follow(first_name, changes)
+        products_before = before.numel() if first_name in multiplied_before else 0
         if name is None or name not in program.weights:
-            rows.append(_removed_row(first_name, before))
+            rows.append(_removed_row(first_name, before, products_before))
             continue
         tensor = program.weights[name]
         size = tensor.numel() * tensor.element_size()
@@ -63,6 +69,7 @@ def account_for(
         refusals = [entry for entry in history if entry.action == "Refuse"]
         reported = errors.get(name, max((e.error for e in history if e.error is not None), default=None))
         after = form.nbytes + (0 if form.terms else size)
+        products = sum(term.multiplications for term in form.terms) if form.terms else tensor.numel()
         text = describe_form(form)
         reason = ""
         if not form.terms:
@@ -90,6 +97,8 @@ def account_for(
                 reason=reason,
                 zeros=(zeros or {}).get(name),
                 cut=tuple(tensor.shape) if tensor.shape != before.shape else (),
+                products_before=products_before,
+                products_after=products if name in multiplied else 0,
             )
         )
     if unaccounted:
@@ -115,7 +124,7 @@ def account_for_structure(first: Plan, last: Plan, changes: Sequence[Change]) ->
     }
 
 
-def _removed_row(name: str, tensor: Tensor) -> WeightRow:
+def _removed_row(name: str, tensor: Tensor, products: int) -> WeightRow:
     return WeightRow(
         name=name,
         shape=tuple(tensor.shape),
@@ -124,6 +133,7 @@ def _removed_row(name: str, tensor: Tensor) -> WeightRow:
         bytes_after=0,
         form="removed",
         reason="its block was removed",
+        products_before=products,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from fxcompress.forms import (
     SplitQuantizer,
     WeightTerm,
 )
+from fxcompress.term_products import TermProducts
 
 logger = logging.getLogger(__name__)
 ops = torch.ops.fxcompress
@@ -96,6 +97,7 @@ class _Rewriter:
         self.state = state
         self.node_map = node_map
         self.inputs = FormInputs(self.graph, state, applied.form_inputs)
+        self.products = TermProducts(self.inputs, applied.dequantized)
         # Nodes that read a weight: for a product whose input is transformed; for a use without an input.
         self.reads_form: set[fx.Node] = set()
         self.reads_parameter: set[fx.Node] = set()
@@ -113,6 +115,10 @@ class _Rewriter:
                 self._embedding(site, node, form.terms[0])
             elif site.kind is SiteKind.LINEAR:
                 self._linear(site, node, form)
+            elif site.kind is SiteKind.CONV and any(term.factored for term in form.terms):
+                terms = dict(enumerate(form.terms))
+                dtype = _value_dtype(site.weight_value)
+                self._replace(node, self.products.convolution(site, node, terms, dtype))
             # every other use reads the dequantized parameter: see finish()
         if form.transform_in and site.kind is SiteKind.EMBEDDING:
             self._looked_up(site, form)
@@ -158,7 +164,7 @@ class _Rewriter:
             node = self.node_map[placeholder]
             for user in list(node.users):
                 form, dtype = self.state.forms[name], program.weights[name].dtype
-                dense = self._dense(name, form.terms, dtype, user)
+                dense = self.products.dense(name, dict(enumerate(form.terms)), dtype, user)
                 if user in self.reads_parameter:
                     dense = self._without_transforms(name, form, dense, dtype, user)
                 user.replace_input_with(node, dense)
@@ -182,18 +188,12 @@ class _Rewriter:
         if any(term.parameter_shape != site.layout.shape for term in form.terms):
             return
         x = node.args[1] if node.target is aten.addmm.default else node.args[0]
-        self._replace(node, self._product(site, node, x, form.terms))
+        self._replace(node, self._product(site, node, x, dict(enumerate(form.terms))))
 
-    def _product(self, site: Site, node: fx.Node, x: Any, terms: Sequence[WeightTerm]) -> fx.Node:
+    def _product(self, site: Site, node: fx.Node, x: Any, terms: Mapping[int, WeightTerm]) -> fx.Node:
         """``aten.linear`` of ``x`` with the terms and the site's own bias, before ``node``."""
         bias = self.node_map[site.bias_node] if site.bias_node is not None else None
-        weight = self._dense(site.name, terms, _value_dtype(site.weight_value), node)
-        with self.graph.inserting_before(node):
-            if site.layout.perm != (0, 1):
-                weight = self.graph.call_function(aten.t.default, (weight,))
-            return self.graph.call_function(
-                aten.linear.default, (x, weight, *(() if bias is None else (bias,)))
-            )
+        return self.products.linear(site, node, x, bias, terms, _value_dtype(site.weight_value))
 
     def _split(self, site: Site, node: fx.Node, form: SiteForm) -> bool:
         """One product per part of a split activation, where the terms allow: integers and outliers apart."""
@@ -215,7 +215,7 @@ class _Rewriter:
         x, dtype = self._transformed(site, node, form)
         emit = GraphEmit(self.inputs, site.name, "activation", quantizer, node, x)
         coarse, fine = quantizer.split(x, dtype, emit)
-        y = self._product(site, node, coarse, terms[:1])
+        y = self._product(site, node, coarse, {0: main})
         if chosen:
             values = GraphEmit(self.inputs, site.name, "terms.1", side[0], node).tensor("values")
             target: Any = aten.linear.default
@@ -326,18 +326,6 @@ class _Rewriter:
                 return self.graph.call_function(aten.t.default, (value,)) if turned else value
 
         return transposed(self._transform(name, form, transposed(dense), dtype, user))
-
-    def _dense(self, name: str, terms: Sequence[WeightTerm], dtype: torch.dtype, before: fx.Node) -> fx.Node:
-        """The dequantized weight, computed right before its use so that it lives no longer than needed."""
-        total: fx.Node | None = None
-        for index, term in enumerate(terms):
-            part: fx.Node = term.emit(dtype, GraphEmit(self.inputs, name, f"terms.{index}", term, before))
-            self.applied.dequantized[part] = name
-            with self.graph.inserting_before(before):
-                total = part if total is None else self.graph.call_function(aten.add.Tensor, (total, part))
-        if total is None:
-            raise BackendError(f"{name}: the form has no weight terms.")
-        return total
 
 
 _REMOVABLE = {

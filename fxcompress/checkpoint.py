@@ -32,6 +32,7 @@ from fxcompress.edits import (
     Refuse,
     RemoveBlock,
     Repack,
+    ReviseWeight,
     SetActivation,
     SetCache,
     SetEdge,
@@ -52,7 +53,7 @@ _FORMAT = 1
 _EDITS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        *(SetTensor, SetWeight, SetMask, SetSensitivity, Repack),
+        *(SetTensor, SetWeight, ReviseWeight, SetMask, SetSensitivity, Repack),
         *(SetActivation, SetTransform, SetEdge, SetCache, FuseSites),
         *(KeepUnits, RemoveBlock, Refuse),
     )

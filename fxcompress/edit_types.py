@@ -45,6 +45,20 @@ class SetWeight:
 
 
 @dataclass(frozen=True, eq=False)
+class ReviseWeight:
+    """Replace the terms of ``name``, which is compressed already, by ``terms`` that build on them.
+
+    For passes made for that: rounding the factors of a low-rank weight, adding a low-rank term to codes.
+    ``error`` is the relative output error against the dense weight, if known.
+    """
+
+    name: str
+    terms: tuple[WeightTerm, ...]
+    reason: str = ""
+    error: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class SetMask:
     """Prune ``name``: its dense value becomes ``value``, and stays zero where the mask says so.
 
@@ -195,6 +209,7 @@ StructuralEdit: TypeAlias = KeepUnits | RemoveBlock
 Edit: TypeAlias = (
     SetTensor
     | SetWeight
+    | ReviseWeight
     | SetMask
     | SetSensitivity
     | Repack
@@ -218,10 +233,15 @@ class Provenance:
     error: float | None = None
 
 
+def names_of(edit: Edit) -> tuple[str, ...]:
+    """The parameters that an edit is for."""
+    return edit.names if isinstance(edit, FuseSites) else (edit.name,)
+
+
 def floats_of(edit: Edit) -> Iterator[tuple[str, Tensor]]:
     """Floating tensors inside the components of an edit."""
     parts: list[Component] = []
-    if isinstance(edit, SetWeight | Repack):
+    if isinstance(edit, SetWeight | ReviseWeight | Repack):
         parts = list(edit.terms)
     elif isinstance(edit, SetActivation):
         parts = [edit.activation]

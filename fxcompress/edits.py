@@ -17,6 +17,7 @@ from fxcompress.edit_types import (
     Refuse,
     RemoveBlock,
     Repack,
+    ReviseWeight,
     SetActivation,
     SetCache,
     SetEdge,
@@ -41,6 +42,7 @@ __all__ = [
     "Refuse",
     "RemoveBlock",
     "Repack",
+    "ReviseWeight",
     "SetActivation",
     "SetCache",
     "SetEdge",
@@ -69,6 +71,8 @@ class CompressionState:
         masks: Masks of pruned parameters.
         unpruned: What a pruned parameter was before, until another edit changes it.
         sensitivities: See :class:`SetSensitivity`.
+        replaced: Edited dense values that weight terms stand for by now; needed while passes build on them,
+            not part of the result.
     """
 
     weights: Mapping[str, Tensor]
@@ -81,6 +85,7 @@ class CompressionState:
     masks: dict[str, SparsityMask] = field(default_factory=dict)
     unpruned: dict[str, Tensor] = field(default_factory=dict)
     sensitivities: dict[str, SetSensitivity] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
         """The current *dense* tensor of ``name``: edited value or original.
@@ -100,6 +105,10 @@ class CompressionState:
             return self.weights[name]
         except KeyError:
             raise WeightError(f"{name}: the model has no such parameter.") from None
+
+    def dense_target(self, name: str) -> Tensor:
+        """The dense value that ``name`` has, or had before weight terms replaced it."""
+        return self.replaced.get(name, self.weights[name]) if self.is_compressed(name) else self.weight(name)
 
     def effective(self, name: str) -> Tensor:
         """The value ``name`` has now when computed densely: dequantized terms, edited tensor or original."""
@@ -123,13 +132,14 @@ class CompressionState:
             RecipeError: a second weight replacement, or a dense edit after one.
         """
         _check(self, edit)
-        error = edit.error if isinstance(edit, SetWeight | SetMask) else None
+        error = edit.error if isinstance(edit, SetWeight | ReviseWeight | SetMask) else None
         if isinstance(edit, SetTensor):
             self.tensors[edit.name] = edit.value
             self.unpruned.pop(edit.name, None)
-        elif isinstance(edit, SetWeight | Repack):
+        elif isinstance(edit, SetWeight | ReviseWeight | Repack):
             self.forms[edit.name] = dataclasses.replace(self.form(edit.name), terms=edit.terms)
-            self.tensors.pop(edit.name, None)
+            if edit.name in self.tensors:
+                self.replaced[edit.name] = self.tensors.pop(edit.name)
             self.unpruned.pop(edit.name, None)
         elif isinstance(edit, SetMask):
             self.unpruned.setdefault(edit.name, self.weight(edit.name))
@@ -176,6 +186,7 @@ class CompressionState:
             dict(self.masks),
             dict(self.unpruned),
             dict(self.sensitivities),
+            dict(self.replaced),
         )
 
 
@@ -203,6 +214,12 @@ def _check(state: CompressionState, edit: Edit) -> None:
         _check_terms(edit.name, edit.terms, state.weight(edit.name))
         if edit.name in state.masks:
             _check_zeros(state, edit.name, _sum(edit.terms, state.weight(edit.name).dtype))
+    elif isinstance(edit, ReviseWeight):
+        if not state.is_compressed(edit.name):
+            raise RecipeError(f"{edit.name}: its weight terms were to be revised, but it has none.")
+        _check_terms(edit.name, edit.terms, state.weights[edit.name])
+        if edit.name in state.masks:
+            _check_zeros(state, edit.name, _sum(edit.terms, state.weights[edit.name].dtype))
     elif isinstance(edit, Repack):
         current = state.effective(edit.name)
         _check_terms(edit.name, edit.terms, current)

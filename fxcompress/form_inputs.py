@@ -16,10 +16,25 @@ from fxcompress.forms import Component, Eager, SiteForm
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor of a form that a graph takes as input: ``path`` inside the SiteForm of parameter ``name``."""
+    """A part of a form, mostly a tensor that a graph takes as input.
+
+    Args:
+        name: The parameter.
+        path: Dotted path inside its SiteForm.
+    """
 
     name: str
     path: str
+
+    @property
+    def owner(self) -> TensorRef:
+        """The component that holds this tensor."""
+        return TensorRef(self.name, self.path.rpartition(".")[0])
+
+    def __str__(self) -> str:
+        """The parameter, and which factor of it when it is one."""
+        factor = self.path.split(".")[2:]
+        return f"{self.name} ({'.'.join(factor)})" if factor else self.name
 
 
 @dataclass

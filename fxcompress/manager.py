@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
@@ -14,33 +15,28 @@ import torch
 
 from fxcompress.accounting import account_for, account_for_structure
 from fxcompress.analysis.channel_group import ChannelGroup
-from fxcompress.analysis.site_types import SiteKind
 from fxcompress.calibration.context import Context, Feed
 from fxcompress.calibration.inputs import CalibrationData, as_calibration
 from fxcompress.calibration.walk import Plan, Walk
+from fxcompress.calibration.whole_model import SurveyModel
 from fxcompress.capture.program import Program
 from fxcompress.checkpoint import CheckpointStore, canonical, run_key, step_key
+from fxcompress.edit_checks import check_edit
+from fxcompress.edit_types import names_of
 from fxcompress.edits import (
     CompressionState,
     Edit,
-    FuseSites,
     KeepUnits,
     Refuse,
-    RemoveBlock,
-    Repack,
-    SetActivation,
-    SetEdge,
-    SetTransform,
-    SetWeight,
-    floats_of,
+    ReviseWeight,
 )
-from fxcompress.errors import CalibrationError, CoverageError, RecipeError, WeightError, told_where
+from fxcompress.errors import CalibrationError, CoverageError, RecipeError, told_where
 from fxcompress.pass_base import Pass, StructuralPass
 from fxcompress.progress import ProgressEvent, ProgressOption, Reporter
 from fxcompress.recipe import Recipe
 from fxcompress.report import Report
 from fxcompress.sparsity import check_masks, zeros_check
-from fxcompress.structure.commit import Committed, check_structural, mask
+from fxcompress.structure.commit import Committed, mask
 from fxcompress.structure.record import follow
 from fxcompress.structure.rounds import Round
 from fxcompress.verify import SiteAudit, check_weights, measure_end_to_end, prove_unchanged
@@ -192,6 +188,7 @@ class _Run:
             zeros=zeros,
             compresses=self.compresses,
             original=self.program,
+            original_sites=self.first_plan.sites,
             changes=changes,
         )
         if changes:
@@ -238,6 +235,7 @@ class _Run:
         data = self.data
         feed = Feed(None if data is None else partial(Walk, self.plan, data.flat()))
         self.groups = {} if current is None else current.groups
+        survey = functools.cache(lambda: self._survey(position, item, before))
         lossy = self.verify == "each" and not item.preserves_function and self.shown is not None
         audit = (
             SiteAudit(self.plan, self.shown.sample(_PROOF_BATCHES))
@@ -249,11 +247,13 @@ class _Run:
         reporter.start(stage, len(self.plan.blocks))
         for index, block in enumerate(self.plan.blocks):
             start = self.state.copy() if audit is not None else self.state
-            made, resumed = self._step(position, item, index, feed, current)
+            made, resumed = self._step(position, item, index, feed, current, survey)
             edits += made
             if audit is not None:
+                revised = {edit.name for edit in made if isinstance(edit, ReviseWeight)}
                 for name, error in audit.block(start, self.state, made).items():
-                    self.errors[name] = max(error, self.errors.get(name, 0.0))
+                    known = 0.0 if name in revised else self.errors.get(name, 0.0)
+                    self.errors[name] = max(error, known)
             feed.finish_block(self.state)
             reporter.step(ProgressEvent(stage, block.name, index + 1, len(self.plan.blocks), resumed))
         self._summarize(item, edits)
@@ -261,12 +261,24 @@ class _Run:
             self._prove(item, before, edits)
 
     def _step(
-        self, position: int, item: Pass, index: int, feed: Feed, current: Round | None
+        self,
+        position: int,
+        item: Pass,
+        index: int,
+        feed: Feed,
+        current: Round | None,
+        survey: Callable[[], Any],
     ) -> tuple[list[Edit], bool]:
         """Solve one block, or read what an earlier run solved."""
-        made, resumed = self._stored(
-            item, index, lambda: list(self._solve(position, item, index, feed, current))
-        )
+        seed = self._seed(position, item, index)
+        decisions = () if current is None else current.decisions.get(index, ())
+
+        def solve() -> list[Edit]:
+            options = {"groups": self.groups, "decisions": decisions, "survey": survey}
+            context = Context(self.plan, index, self.state, feed, item.name, seed, **options)
+            return list(self._solve(item, context, seed))
+
+        made, resumed = self._stored(item, index, solve)
         for edit in made if resumed else ():
             self._apply(edit, item)
         return made, resumed
@@ -287,14 +299,16 @@ class _Run:
         digest = hashlib.sha256(f"{self.seed}|{position}|{item.name}|{step}".encode()).digest()
         return int.from_bytes(digest[:7], "little")
 
-    def _solve(
-        self, position: int, item: Pass, index: int, feed: Feed, current: Round | None
-    ) -> Iterator[Edit]:
-        seed = self._seed(position, item, index)
-        decisions = () if current is None else current.decisions.get(index, ())
-        context = Context(
-            self.plan, index, self.state, feed, item.name, seed, groups=self.groups, decisions=decisions
-        )
+    def _survey(self, position: int, item: Pass, before: CompressionState) -> Any:
+        """What a pass finds out about the whole model, as it was before the pass."""
+        seed = self._seed(position, item, "survey")
+        batches = None if self.data is None else self.data.flat()
+        model = SurveyModel(self.plan, before, batches, item.name, seed)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            return item.survey(model)
+
+    def _solve(self, item: Pass, context: Context, seed: int) -> Iterator[Edit]:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             with told_where(f"pass {item.name!r}, {context.name}"):
@@ -305,7 +319,7 @@ class _Run:
                     yield edit
 
     def _apply(self, edit: Edit, item: Pass) -> None:
-        self._check_edit(edit)
+        check_edit(edit, self.plan, self.state, self.groups)
         self.state.apply(edit, item.name)
         if isinstance(edit, KeepUnits):
             mask(self.state, self.groups[edit.group], edit.kept)
@@ -314,39 +328,7 @@ class _Run:
         """Parameters whose values an edit changed."""
         if isinstance(edit, KeepUnits):
             return tuple(member.name for member in self.groups[edit.group].members)
-        return _names(edit)
-
-    def _check_edit(self, edit: Edit) -> None:
-        """What :meth:`CompressionState.apply` cannot know: sites, and numbers inside forms."""
-        if isinstance(edit, KeepUnits | RemoveBlock):
-            check_structural(edit, self.plan, self.state, self.groups)
-        elif isinstance(edit, FuseSites):
-            sites = [[site for site in self.plan.uses(name) if site.input is not None] for name in edit.names]
-            shared = set.intersection(*({site.input for site in uses} for uses in sites)) if sites else set()
-            if len(edit.names) < 2 or not shared:
-                raise RecipeError(
-                    f"{edit.name}: fused with {list(edit.names[1:])}, which do not share its input."
-                )
-        elif isinstance(edit, SetActivation | SetTransform):
-            uses = self.plan.uses(edit.name)
-            looked_up = isinstance(edit, SetTransform) and not edit.transform_out and edit.bias is None
-            if not any(
-                site.takes_activation or (looked_up and site.kind is SiteKind.EMBEDDING) for site in uses
-            ):
-                raise RecipeError(
-                    f"{edit.name}: {type(edit).__name__} on a weight that multiplies no activation."
-                )
-        elif isinstance(edit, SetEdge):
-            if not any(e.signature == edit.edge.signature and not e.reason for e in self.plan.edges):
-                raise RecipeError(f"{edit.name}: SetEdge on an edge that the graph does not have.")
-        elif isinstance(edit, SetWeight | Repack) and not edit.terms:
-            raise RecipeError(
-                f"{edit.name}: {type(edit).__name__} without terms.",
-                fix="yield Refuse to leave a weight alone.",
-            )
-        for key, tensor in floats_of(edit):
-            if not bool(torch.isfinite(tensor).all()):
-                raise WeightError(f"{_names(edit)[0]}: NaN or inf in {key} of its new form.")
+        return names_of(edit)
 
     def _summarize(self, item: Pass, edits: Sequence[Edit]) -> None:
         kinds: dict[str, int] = {}
@@ -392,7 +374,3 @@ class _Run:
         self.report.relative_error, self.report.kl = found.relative_error, found.kl
         self.report.seconds["end to end"] = time.perf_counter() - started
         reporter.step(ProgressEvent("end to end", "", 1, 1))
-
-
-def _names(edit: Edit) -> tuple[str, ...]:
-    return edit.names if isinstance(edit, FuseSites) else (edit.name,)

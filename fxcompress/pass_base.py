@@ -61,6 +61,49 @@ class BlockFunction(Protocol):
         ...
 
 
+class ModelFunction(Protocol):
+    """The whole model as a differentiable function of its parameters, on the calibration batches."""
+
+    @property
+    def batches(self) -> int:
+        """Number of calibration batches."""
+        ...
+
+    def __call__(self, batch: int, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The main output, ``tensors`` in place of parameters; gradients where the caller enables them."""
+        ...
+
+    def divergence(self, batch: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Mean KL divergence per token from the unchanged model; without scores ``‖y − ŷ‖²/‖y‖²``."""
+        ...
+
+    def loss(self, batch: int, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Mean next-token loss in nats; an error for models that score no next tokens."""
+        ...
+
+    def sampled_loss(
+        self, batch: int, generator: torch.Generator, tensors: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Negative log-likelihood of an output drawn from the model itself (for Fisher information)."""
+        ...
+
+
+class SurveyContext(Protocol):
+    """What a pass sees of the whole model before its first block is solved. All tensors are read only."""
+
+    program: Program
+    state: CompressionState
+    generator: torch.Generator
+
+    def blocks(self) -> Iterator[BlockContext]:
+        """Every block in order, as the passes before left the model."""
+        ...
+
+    def function(self) -> ModelFunction:
+        """The model as a differentiable function."""
+        ...
+
+
 class BlockContext(Protocol):
     """What a pass sees of one block (a segment of the program). All tensors are read only."""
 
@@ -70,6 +113,11 @@ class BlockContext(Protocol):
     name: str  # e.g. "block 3/30" for messages
     sites: Sequence[Site]  # sites whose op lies in this block, in graph order; a tied weight appears per use
     generator: torch.Generator  # seeded per (run seed, pass, block)
+
+    @property
+    def survey(self) -> Any:
+        """What :meth:`Pass.survey` returned; it is asked for once per run, when first needed."""
+        ...
 
     def weight(self, name: str) -> Tensor:
         """Current dense tensor of a parameter (see CompressionState.weight)."""
@@ -230,6 +278,14 @@ class Pass(ABC):
             RecipeError: this pass prepares for something other than what follows.
         """
 
+    def survey(self, model: SurveyContext) -> Any:
+        """Look at the whole model before any block is solved, for decisions that concern all blocks together.
+
+        What it returns is ``block.survey`` in :meth:`solve`. It sees the model as the passes before left it,
+        in a resumed run too.
+        """
+        return None
+
     @abstractmethod
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield the edits for one block, in order.
@@ -252,7 +308,10 @@ class StructuralPass(Pass):
 
     provides: ClassVar[frozenset[str]] = frozenset({"cut-structure"})
     conflicts: ClassVar[frozenset[str]] = frozenset(
-        {"quantized-weights", "quantized-activations", "fused-siblings", "reordered-channels"}
+        {
+            *("quantized-weights", "quantized-activations", "quantized-cache", "fused-siblings"),
+            *("reordered-channels", "low-rank", "sparse-weights", "sparsity-allocation"),
+        }
     )
 
     @property

@@ -57,6 +57,23 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fuse-siblings",
         ],
     },
+    "w4a16-eora": {
+        "summary": "w4a16-gptq with 8-bit factors of rank 32 that make up for the rounding; needs data",
+        "passes": [
+            {"gptq": {"bits": 4, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "only_remaining": True}},
+            {"low-rank-residual": {"rank": 32, "bits": 8}},
+            "fuse-siblings",
+        ],
+    },
+    "svd-llm-20": {
+        "summary": "a fifth of every linear layer's numbers removed by factoring, full precision; needs data",
+        "passes": [{"svd-llm": {"keep": 0.8}}],
+    },
+    "svd-llm-20-w8a16": {
+        "summary": "svd-llm-20 with both factors (and all else) in 8-bit codes; needs calibration data",
+        "passes": [{"svd-llm": {"keep": 0.8}}, {"quantize-weights": {"bits": 8}}, "fuse-siblings"],
+    },
     "w8a8": {
         "summary": "8-bit weights per channel and 8-bit activations per token; needs no data, fast prefill",
         "passes": [

@@ -34,6 +34,9 @@ class WeightRow:
         cut: Its shape after the structure was changed; empty when it was not. A removed one has no elements
             left.
         zeros: Exact zeros of a pruned parameter, counted in its final value; None when it was not pruned.
+        products_before: Multiplications per row of inputs as the dense matrix it was; 0 for what multiplies
+            nothing.
+        products_after: Multiplications per row of inputs after the run.
     """
 
     name: str
@@ -47,6 +50,8 @@ class WeightRow:
     reason: str = ""
     cut: tuple[int, ...] = ()
     zeros: int | None = None
+    products_before: int = 0
+    products_after: int = 0
 
 
 @dataclass
@@ -99,6 +104,8 @@ class Report:
             "compressed": sum(1 for row in self.rows if row.form not in ("kept", "edited")),
             "edited": sum(1 for row in self.rows if row.form == "edited"),
             "kept": sum(1 for row in self.rows if row.form == "kept"),
+            "products_before": sum(row.products_before for row in self.rows),
+            "products_after": sum(row.products_after for row in self.rows),
             "bytes_before": self.bytes_before,
             "bytes_after": after,
             "ratio": round(self.bytes_before / after, 4) if after else 1.0,
@@ -203,6 +210,9 @@ class Report:
             f"total: {before:.2f} MB -> {after:.2f} MB ({totals['ratio']:.2f}x),"
             f" {totals['compressed']} of {totals['parameters']} parameters compressed"
         ]
+        done, did = totals["products_after"], totals["products_before"]
+        if done != did:
+            lines.append(f"multiplications per token (or position): {did / 1e6:.2f} M -> {done / 1e6:.2f} M")
         if self.structure:
             lines += _structure_lines(self.structure)
         if self.relative_error is not None:

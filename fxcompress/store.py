@@ -38,7 +38,7 @@ class WeightStore:
 
     def __init__(self, state: CompressionState) -> None:
         self.state = state
-        self._packed: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = {}
+        self._packed: dict[tuple[str, tuple[TensorRef, ...]], dict[str, Tensor]] = {}
         self._raw: dict[TensorRef, Tensor] = {}
         self.executable: WeightStore | None = None  # a backend's own view, see backends/cpu/sparse.py
 
@@ -46,23 +46,24 @@ class WeightStore:
         """The form of ``name``, with its tensors."""
         return self.state.forms.get(name)
 
-    def packed(self, layout: WeightLayouter, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Packed tensors of the parameters ``names``, rows concatenated; built once.
+    def packed(self, layout: WeightLayouter, terms: Sequence[TensorRef]) -> Mapping[str, Tensor]:
+        """Packed tensors of terms of codes, each named by its place, rows concatenated; built once.
 
         Raises:
-            BindingError: a parameter has no single weight of codes.
+            BindingError: a parameter has no weight of codes at that place.
         """
-        key = (layout.name, tuple(names))
+        key = (layout.name, tuple(terms))
         if key not in self._packed:
-            terms = []
-            for name in names:
-                form = self.form(name)
-                found = [term for term in form.terms if isinstance(term, PackedTerm)] if form else []
-                if len(found) != 1:  # other terms are computed beside the packed one
-                    raise BindingError(f"{name}: no single weight of codes to pack.")
-                terms.append(found[0])
-            self._packed[key] = {tensor: value.contiguous() for tensor, value in layout.pack(terms).items()}
+            found = [self._coded(ref) for ref in terms]
+            self._packed[key] = {tensor: value.contiguous() for tensor, value in layout.pack(found).items()}
         return self._packed[key]
+
+    def _coded(self, ref: TensorRef) -> PackedTerm:
+        form = self.form(ref.name)
+        part = dict(form.parts()).get(ref.path) if form is not None else None
+        if not isinstance(part, PackedTerm):
+            raise BindingError(f"{ref.name}: no weight of codes at {ref.path} to pack.")
+        return part
 
     def tensor(self, ref: TensorRef) -> Tensor:
         """A form tensor in its stored layout, resident from now on."""

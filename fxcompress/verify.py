@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from fxcompress.edits import (
     CompressionState,
     Edit,
     FuseSites,
+    ReviseWeight,
     SetActivation,
     SetMask,
     SetTransform,
@@ -174,13 +176,14 @@ class SiteAudit:
     ) -> dict[str, float]:
         """Errors by parameter for the block the audit stands at, then one step on."""
         index = self._walk.position
-        lossy = SetWeight | SetMask | SetActivation | SetTransform
+        lossy = SetWeight | ReviseWeight | SetMask | SetActivation | SetTransform
         touched = {edit.name for edit in edits if isinstance(edit, lossy)}
         sites = [site for site in self.plan.block_sites[index] if site.name in touched]
         errors: dict[str, float] = {}
         if sites:
             runner = self._walk.runner(after)
-            old = BlockRunner(self.plan, index, before)
+            revised = {edit.name for edit in edits if isinstance(edit, ReviseWeight)}
+            old = BlockRunner(self.plan, index, _densely(before, revised))
             sums: dict[Site, list[float]] = {site: [0.0, 0.0] for site in sites}
             for values in self._walk.collect(runner, runner.inputs_needed(sites)):
                 for site, total in sums.items():
@@ -191,6 +194,15 @@ class SiteAudit:
                 errors[site.name] = max(error, errors.get(site.name, 0.0))
         self._walk.advance(after)
         return errors
+
+
+def _densely(state: CompressionState, names: set[str]) -> CompressionState:
+    """The state with the dense values of ``names`` in place of the terms that a pass revised."""
+    dense = state.copy()
+    for name in names:
+        dense.tensors[name] = state.dense_target(name)
+        dense.forms[name] = dataclasses.replace(state.form(name), terms=())
+    return dense
 
 
 def _squares(old: BlockRunner, new: BlockRunner, site: Site, values: dict[Any, Any]) -> tuple[float, float]:

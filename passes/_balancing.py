@@ -74,7 +74,7 @@ class BalancingPass(SelectivePass):
     explicit: bool = field(default=False, kw_only=True)
 
     conflicts: ClassVar[frozenset[str]] = frozenset(
-        {"quantized-weights", "quantized-activations", "reordered-channels"}
+        {"quantized-weights", "quantized-activations", "reordered-channels", "low-rank"}
     )
     needs_calibration: ClassVar[bool] = True
     preserves_function: ClassVar[bool] = True

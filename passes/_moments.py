@@ -56,7 +56,7 @@ def moments(block: BlockContext, candidate: Candidate, part: range) -> Tensor | 
     """
     site = candidate.primary
     columns = site.layout.matrix_shape[2]
-    device = block.weight(candidate.name).device
+    device = block.state.weights[candidate.name].device
     sums = torch.zeros(len(part), columns, columns, device=device)
     counts = torch.zeros(len(part), device=device)
     pooled, total = torch.zeros(columns, columns, device=device), 0

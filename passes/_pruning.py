@@ -49,7 +49,7 @@ class PruningPass(SelectivePass):
     padding: bool = field(default=False, kw_only=True)
 
     provides: ClassVar[frozenset[str]] = frozenset({"sparse-weights"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "packed-sparse"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "packed-sparse", "low-rank"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

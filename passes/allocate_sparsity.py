@@ -61,7 +61,7 @@ class AllocateSparsity(SelectivePass):
     )
     provides: ClassVar[frozenset[str]] = frozenset({"sparsity-allocation"})
     conflicts: ClassVar[frozenset[str]] = frozenset(
-        {"sparse-weights", "quantized-weights", "sparsity-allocation"}
+        {"sparse-weights", "quantized-weights", "sparsity-allocation", "low-rank"}
     )
     needs_calibration: ClassVar[bool] = True
 

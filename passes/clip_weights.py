@@ -63,7 +63,7 @@ class ClipWeights(SelectivePass):
     summary: ClassVar[str] = "Clip weights where a finer grid lowers the error of outputs."
     source: ClassVar[str] = "Lin et al., 2023 (AWQ, arXiv:2306.00978), authors' code"
     provides: ClassVar[frozenset[str]] = frozenset({"clipped-weights"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "clipped-weights"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized-weights", "clipped-weights", "low-rank"})
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -4,7 +4,8 @@
 
 Keeps: every result, exactly: rows of a product do not depend on each other. One product reads and quantizes
 the input once and is one call instead of three, which is what a single token's step consists of.
-Query/key/value and gate/up layers are found because they read the same value, whatever they are called.
+Query/key/value and gate/up layers are found because they read the same value, whatever they are called. Of
+low-rank weights the first factors, which read that value, are one product.
 """
 
 from __future__ import annotations
@@ -18,9 +19,18 @@ from torch import fx
 
 from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, FuseSites, Refuse
-from fxcompress.forms import ActivationQuantizer, CodebookWeight, QuantizedWeight, SiteForm, WeightTerm
+from fxcompress.forms import (
+    ActivationQuantizer,
+    CodebookWeight,
+    LowRank,
+    QuantizedWeight,
+    SiteForm,
+    WeightTerm,
+)
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._selection import Candidate, SelectivePass, candidates
+
+_CODES = QuantizedWeight | CodebookWeight
 
 
 @dataclass(frozen=True)
@@ -87,29 +97,43 @@ class FuseSiblings(SelectivePass):
             return unselected
         if len(candidate.uses) > 1:
             return "the weight is used at several places"
-        if len(form.terms) != 1 or not isinstance(form.terms[0], QuantizedWeight | CodebookWeight):
+        shared = [_shared(term) for term in form.terms]
+        if not any(isinstance(term, _CODES) for term in shared):
             return "its weight is not quantized"
-        if form.terms[0].group_size == -1:
+        if not all(isinstance(term, _CODES | LowRank) for term in form.terms):
+            return f"its weight is {' + '.join(term.describe() for term in form.terms)}"
+        if any(isinstance(term, QuantizedWeight) and term.group_size == -1 for term in shared):
             return "one scale per matrix does not extend to a larger matrix"
         if form.transform_out:
             return "it has an output transform of its own"
         return None
 
 
+def _shared(term: WeightTerm) -> WeightTerm:
+    """What of a term multiplies the input: the first factor of a low-rank one."""
+    return term.v if isinstance(term, LowRank) else term
+
+
 def _same_product(left: SiteForm, right: SiteForm) -> bool:
     """Whether two quantized linear sites differ in their codes, scales, biases and number of rows only."""
     return (
-        _same_format(left.terms[0], right.terms[0])
+        len(left.terms) == len(right.terms)
+        and all(map(_same_format, left.terms, right.terms))
         and _same_quantizer(left.activation, right.activation)
         and len(left.transform_in) == len(right.transform_in)
         and all(x.same_as(y) for x, y in zip(left.transform_in, right.transform_in, strict=True))
     )
 
 
-def _same_format(a: WeightTerm, b: WeightTerm) -> bool:
+def _same_format(left: WeightTerm, right: WeightTerm) -> bool:
+    if type(left) is not type(right):
+        return False
+    a, b = _shared(left), _shared(right)
     if isinstance(a, CodebookWeight) and isinstance(b, CodebookWeight):
         return a.format == b.format and (a.per_row or torch.equal(a.table, b.table))
-    return isinstance(a, QuantizedWeight) and isinstance(b, QuantizedWeight) and a.format == b.format
+    if not isinstance(a, QuantizedWeight) or not isinstance(b, QuantizedWeight):
+        return type(a) is type(b)  # each stays a product of its own
+    return a.format == b.format and a.scale.dtype == b.scale.dtype
 
 
 def _same_quantizer(left: ActivationQuantizer | None, right: ActivationQuantizer | None) -> bool:

@@ -22,7 +22,9 @@ from fxcompress.edits import Edit, Refuse, SetWeight
 from fxcompress.errors import CalibrationError, FormatError, RecipeError
 from fxcompress.formats import IntFormat
 from fxcompress.formats.integer import make_term
+from fxcompress.forms import SiteForm
 from fxcompress.pass_base import BlockContext
+from fxcompress.passes._factors import has_dense_factors, solve_factors
 from fxcompress.passes._gptq_solver import Solution, gptq_solve
 from fxcompress.passes._input_rows import matrix_count, unsupported
 from fxcompress.passes._moments import linear_grams, moments, stages
@@ -169,12 +171,17 @@ class Gptq(SelectivePass):
         reason = unsupported(candidate.primary)
         if reason is not None:
             return reason
+        if has_dense_factors(block.state.form(candidate.name)):
+            return None
         fmt, _ = fitting_format(self.format, candidate.primary.layout.matrix_shape[2])
         return not_smaller(fmt, candidate.primary, block.weight(candidate.name).dtype)
 
     def _edit(self, block: BlockContext, candidate: Candidate, gram: Tensor | None) -> Edit:
         name, site = candidate.name, candidate.primary
         layout = site.layout
+        form = block.state.form(name)
+        if has_dense_factors(form):
+            return self._factors(block, candidate, gram, form)
         matrix = layout.to_matrix(block.weight(name))  # [B, N, K]
         batch, rows, columns = layout.matrix_shape
         fmt, note = fitting_format(self.format, columns)
@@ -202,6 +209,22 @@ class Gptq(SelectivePass):
         if used > self.damping:
             reason += f", damping raised to {used:g}"
         return SetWeight(name, (make_term(codes, scale, zero, layout, fmt),), reason=reason, error=error)
+
+    def _factors(
+        self, block: BlockContext, candidate: Candidate, gram: Tensor | None, form: SiteForm
+    ) -> Edit:
+        """Both factors of a low-rank weight, the left one on what the rounded right one gives."""
+        name, layout = candidate.name, candidate.primary.layout
+        if candidate.primary.kind is not SiteKind.LINEAR:
+            gram = moments(block, candidate, range(1))
+        if gram is None:
+            return Refuse(name, "no calibration token reaches it")
+        target = layout.to_matrix(block.state.dense_target(name).detach())[0]
+
+        def solve(w: Tensor, moments: Tensor, fmt: IntFormat) -> Solution:
+            return self._solve(name, w[None], moments[None], fmt, None)
+
+        return solve_factors(name, form, target, gram[0], self.format, solve)
 
     def _solve(self, name: str, w: Tensor, gram: Tensor, fmt: IntFormat, keep: Tensor | None) -> Solution:
         try:

@@ -75,7 +75,7 @@ class PermuteChannels(SelectivePass):
     source: ClassVar[str] = "Li et al., 2023 (E-Sparse, arXiv:2310.15929), shuffles; Pool & Yu, 2021"
     provides: ClassVar[frozenset[str]] = frozenset({"reordered-channels"})
     conflicts: ClassVar[frozenset[str]] = frozenset(
-        {"sparse-weights", "quantized-weights", "quantized-activations"}
+        {"sparse-weights", "quantized-weights", "quantized-activations", "low-rank"}
     )
     preserves_function: ClassVar[bool] = True
 

@@ -89,6 +89,7 @@ class QuantizeCodebook(SelectivePass):
         "Dettmers et al., 2023 (QLoRA, arXiv:2305.14314); Kim et al., 2023 (SqueezeLLM, arXiv:2306.07629)"
     )
     provides: ClassVar[frozenset[str]] = frozenset({"quantized-weights"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"low-rank"})  # factors are rounded to integers or floats
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,7 @@ from fxcompress.formats import FloatFormat, IntFormat, quantize_to_float_term
 from fxcompress.formats.integer import quantize_to_term
 from fxcompress.forms import Scale
 from fxcompress.pass_base import BlockContext
+from fxcompress.passes._factors import has_dense_factors, round_factors
 from fxcompress.passes._selection import (
     Candidate,
     Role,
@@ -67,7 +68,7 @@ class QuantizeWeights(SelectivePass):
             few columns of a table are often several times larger than the rest and would set the scale of
             every row. Costs one product per token. Default True.
         only_remaining: Pass over weights that an earlier pass has already compressed. Default False: they are
-            an error.
+            an error. The dense factors of low-rank weights are rounded in both cases.
         include, exclude: Name patterns, see :class:`SelectivePass`.
 
     Raises:
@@ -138,7 +139,8 @@ class QuantizeWeights(SelectivePass):
         if block.index == 0 and self.group_size is not None:  # a default adapts, see fitting_format
             check_group_size(self.name, block.program, self.group_size)
         for candidate in candidates(block):
-            if self.only_remaining and block.state.is_compressed(candidate.name):
+            compressed = block.state.is_compressed(candidate.name)
+            if self.only_remaining and compressed and not has_dense_factors(block.state.form(candidate.name)):
                 continue
             yield from self._edits(block, candidate)
 
@@ -150,6 +152,12 @@ class QuantizeWeights(SelectivePass):
             reason = site.reason or "no use of it is a product or a look-up"
         if reason is not None:
             yield Refuse(name, reason)
+            return
+        form = block.state.form(name)
+        if has_dense_factors(form):
+            factors = self.format_of(Role.MATRIX)
+            assert factors is not None
+            yield round_factors(name, form, factors, search=self.search)
             return
         if fmt is None:
             option = "embedding_bits" if candidate.role is Role.EMBEDDING else "head_bits"

@@ -60,7 +60,7 @@ class ReorderChannels(SelectivePass):
     source: ClassVar[str] = "Yuan et al., 2023 (RPTQ, arXiv:2304.01089), section 4"
     provides: ClassVar[frozenset[str]] = frozenset({"reordered-channels"})
     conflicts: ClassVar[frozenset[str]] = frozenset(
-        {"quantized-weights", "quantized-activations", "sparse-weights"}
+        {"quantized-weights", "quantized-activations", "sparse-weights", "low-rank"}
     )
     needs_calibration: ClassVar[bool] = True
     preserves_function: ClassVar[bool] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -37,25 +38,23 @@ def forecast(
     wide: dict[AnyForm, None] = {}
     narrow: dict[AnyForm, None] = {}
     for name, form in state.forms.items():
-        spec = _spec(form, dtype)
-        if spec is None:
-            continue
-        if spec.table is not None:
+        for spec in _specs(form, dtype):
+            if spec.table is not None:
+                if name in tables:
+                    wide.setdefault(rows_form(spec, dtype))
+                if this_machine().bfloat16 and spec.activation is None:
+                    wide.setdefault(rows_form(spec, torch.bfloat16))
+                narrow.setdefault(codebook_form(spec))
+                continue
             if name in tables:
-                wide.setdefault(rows_form(spec, dtype))
-            if this_machine().bfloat16 and spec.activation is None:
-                wide.setdefault(rows_form(spec, torch.bfloat16))
-            narrow.setdefault(codebook_form(spec))
-            continue
-        if name in tables:
-            wide.setdefault(GeneratedEmbedding.form(spec))
-        if spec.activation is not None:
-            wide.setdefault(linear_form(spec))
-            continue
-        for kernel in candidates(this_machine()):
-            if isinstance(kernel, GeneratedBfloat16 | GeneratedDense):
-                wide.setdefault(kernel.form(spec))
-        narrow.setdefault(linear_form(spec))
+                wide.setdefault(GeneratedEmbedding.form(spec))
+            if spec.activation is not None:
+                wide.setdefault(linear_form(spec))
+                continue
+            for kernel in candidates(this_machine()):
+                if isinstance(kernel, GeneratedBfloat16 | GeneratedDense):
+                    wide.setdefault(kernel.form(spec))
+            narrow.setdefault(linear_form(spec))
     caches = [form.cache for form in state.forms.values() if form.cache is not None]
     cached = [CachedAttentionForm.of(cache, DTYPES[dtype]) for cache in caches]
     read = [form for form in cached if form is not None]
@@ -70,18 +69,19 @@ def compile_ahead(
     prefetch(forecast(state, tables, dtype, attention=attention), this_machine().isa)
 
 
-def _spec(form: SiteForm, dtype: torch.dtype) -> LinearSpec | None:
-    terms = [term for term in form.terms if isinstance(term, PackedTerm)]
-    if len(terms) != 1 or len(terms[0].shape) != 2:
-        return None
-    (term,) = terms
-    activation = {DynamicPerToken: "dynamic", StaticPerTensor: "static"}.get(type(form.activation))
+def _specs(form: SiteForm, dtype: torch.dtype) -> Iterator[LinearSpec]:
+    """The products with codes; a second factor takes the result of the first, unquantized."""
+    quantizer = {DynamicPerToken: "dynamic", StaticPerTensor: "static"}.get(type(form.activation))
     bits = getattr(form.activation, "bits", 8)
-    rows, columns = term.shape
-    if isinstance(term, CodebookWeight):
-        table = "rows" if term.per_row else "shared"
-        shape = (term.bits, True, term.group_size, rows, columns)
-        return LinearSpec(*shape, activation, None, dtype, bits, table=table)
-    return LinearSpec(
-        *(term.bits, term.zero is None, term.group_size, rows, columns, activation, None, dtype, bits)
-    )
+    for path, term in form.parts():
+        if not isinstance(term, PackedTerm) or len(term.shape) != 2:
+            continue
+        activation = None if path.endswith(".u") else quantizer
+        rows, columns = term.shape
+        if isinstance(term, CodebookWeight):
+            table = "rows" if term.per_row else "shared"
+            shape = (term.bits, True, term.group_size, rows, columns)
+            yield LinearSpec(*shape, activation, None, dtype, bits, table=table)
+        else:
+            shape = (term.bits, term.zero is None, term.group_size, rows, columns)
+            yield LinearSpec(*shape, activation, None, dtype, bits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -84,7 +84,7 @@ def make_plan(
     nodes: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
     siblings: Sequence[Sequence[fx.Node]],
-    names: Mapping[fx.Node, str],
+    term: Callable[[fx.Node], object],
 ) -> Plan:
     """Choose a kernel for every quantized linear of a block.
 
@@ -92,7 +92,7 @@ def make_plan(
         nodes: The block's nodes.
         inputs: The block's inputs, in order.
         siblings: Groups of linears that share one product.
-        names: Parameter name by dequantizing node, for messages.
+        term: Which weight the codes that an input takes belong to, for messages.
     """
     plan = Plan()
     position = {node: index for index, node in enumerate(inputs)}
@@ -110,10 +110,7 @@ def make_plan(
         for node in group:
             plan.choices[node] = reason
             if kernel is None:
-                weight = weight_of_linear(node)
-                logger.info(
-                    "%s: dequantized at run time (%s)", names.get(weight, "?") if weight else "?", reason
-                )
+                logger.info("%s: dequantized at run time (%s)", term(_dequantize_of(node).codes), reason)
         if kernel is None or spec is None:
             continue
         plan.kernels[first], plan.specs[first], plan.groups[first] = kernel, spec, tuple(group)

@@ -18,15 +18,16 @@ from torch import Tensor
 from fxcompress.backends.cpu.generated import GeneratedBfloat16, GeneratedDense
 from fxcompress.backends.cpu.kernel_types import LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.selection import choose_kernel, this_machine
+from fxcompress.form_inputs import TensorRef
 from fxcompress.store import WeightStore
 
 
 @dataclass(frozen=True)
 class KernelUse:
-    """One product of a compiled model: its spec, and the parameters (siblings together) it reads."""
+    """One product of a compiled model: its spec, and the quantized terms (siblings together) it reads."""
 
     spec: LinearSpec
-    names: tuple[str, ...]
+    terms: tuple[TensorRef, ...]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -66,16 +67,16 @@ def measure_kernels(
         ``gigabytes`` and ``gigaops`` per second, ``read share`` and ``peak share`` of the ceilings.
     """
     limits = ceilings()
-    distinct: dict[tuple[Any, ...], dict[tuple[str, ...], KernelUse]] = {}
+    distinct: dict[tuple[Any, ...], dict[tuple[TensorRef, ...], KernelUse]] = {}
     for use in uses:  # every graph of a model uses the same weights again
-        distinct.setdefault(use.key, {}).setdefault(use.names, use)
+        distinct.setdefault(use.key, {}).setdefault(use.terms, use)
     rows = []
     for same in distinct.values():
         first = next(iter(same.values()))
         for count in tokens:
             row = _measure(first, store, count, seconds, limits)
             if row is not None:
-                rows.append({"weights": ", ".join(first.names), "sites": len(same), **row})
+                rows.append({"weights": ", ".join(map(str, first.terms)), "sites": len(same), **row})
     return rows
 
 
@@ -98,7 +99,7 @@ def _measure(
     kernel, text = choose_kernel(spec)
     if kernel is None:
         return None
-    packed = dict(store.packed(kernel.layout, use.names))
+    packed = dict(store.packed(kernel.layout, use.terms))
     x = torch.randn(tokens, spec.columns, generator=torch.Generator().manual_seed(0)).to(spec.dtype)
     quantized = None if spec.activation is None else _quantized(x, static=spec.activation == "static")
     samples: list[float] = []

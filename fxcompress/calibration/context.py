@@ -92,6 +92,7 @@ class Context:
         seed: Seed of :attr:`generator`.
         groups: The program's channel groups, for a structural pass.
         decisions: What it decided about this block.
+        survey: Gives what the pass found out about the whole model.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Context:
         *,
         groups: Mapping[str, ChannelGroup] | None = None,
         decisions: Sequence[StructuralEdit] = (),
+        survey: Callable[[], Any] = lambda: None,
     ) -> None:
         self.program = plan.program
         self.state = state
@@ -114,12 +116,18 @@ class Context:
         self.generator = torch.Generator().manual_seed(seed)
         self._plan = plan
         self._feed = feed
+        self._survey = survey
         self._where = f"pass {pass_name!r}, {self.name}"
         self._runner: BlockRunner | None = None
         self._known: dict[tuple[str, bool], ActivationStatistics] = {}
         self._known_for: dict[str, tuple[Transform, ...]] = {}
         self.groups: Mapping[str, ChannelGroup] = groups or {}
         self.decisions: Sequence[StructuralEdit] = decisions
+
+    @property
+    def survey(self) -> Any:
+        """What the pass found out about the whole model before its first block."""
+        return self._survey()
 
     def weight(self, name: str) -> Tensor:
         """Current dense tensor of a parameter; read only."""

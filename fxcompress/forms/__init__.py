@@ -15,8 +15,9 @@ from fxcompress.forms.cache_transforms import CacheTransform, ChannelAffine, Hea
 from fxcompress.forms.codebook import CodebookWeight
 from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.dense import DenseWeight
-from fxcompress.forms.emit import Eager, Emit
+from fxcompress.forms.emit import Eager, Emit, Within
 from fxcompress.forms.layout import WeightLayout
+from fxcompress.forms.low_rank import LowRank
 from fxcompress.forms.mask import SparsityMask
 from fxcompress.forms.outliers import FixedOutliers, OutlierColumns, OutlierSplit, SplitQuantizer
 from fxcompress.forms.site_form import EdgeQuantizer, Permute, Scale, Shift, SiteForm, Transform
@@ -57,6 +58,7 @@ __all__ = [
     "FloatWeight",
     "HeadRotation",
     "IntStore",
+    "LowRank",
     "NmIndex",
     "OutlierColumns",
     "OutlierSplit",
@@ -78,6 +80,7 @@ __all__ = [
     "Transform",
     "WeightLayout",
     "WeightTerm",
+    "Within",
     "component",
     "from_spec",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -32,6 +33,18 @@ class Component:
         found: dict[str, Tensor] = {}
         self.to_spec("", found)
         return {name.removeprefix("."): tensor for name, tensor in found.items()}
+
+    def parts(self) -> Iterator[tuple[str, Component]]:
+        """This component (path ``""``) and all components within, with their dotted field paths."""
+        yield "", self
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            inner = enumerate(value) if isinstance(value, tuple) else [("", value)]
+            for index, item in inner:
+                if isinstance(item, Component):
+                    start = f"{field.name}.{index}" if index != "" else field.name
+                    for path, part in item.parts():
+                        yield f"{start}.{path}".rstrip("."), part
 
     def describe(self) -> str:
         """A few words for the report."""

@@ -1,4 +1,4 @@
-"""A dense weight as a term: what a sparse one is computed as where no kernel takes it."""
+"""Plain numbers as a term: a factor that no pass has rounded, or a sparse weight where no kernel takes it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcompress.errors import FormatError
 from fxcompress.forms.component import component
 from fxcompress.forms.emit import Emit
 from fxcompress.forms.terms import WeightTerm
@@ -16,24 +17,31 @@ from fxcompress.forms.terms import WeightTerm
 @component("dense-weight")
 @dataclass(frozen=True, eq=False)
 class DenseWeight(WeightTerm):
-    """A value of the parameter's shape.
+    """Plain numbers.
 
     Args:
-        value: The parameter.
+        values: Floating, of the shape that the term stands for.
+
+    Raises:
+        FormatError: the values are not floating-point numbers.
     """
 
-    value: Tensor
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if not self.values.is_floating_point():
+            raise FormatError("DenseWeight: values is no floating-point tensor.")
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
-        """Shape of the parameter this term stands for."""
-        return tuple(self.value.shape)
+        """Shape of the values."""
+        return tuple(self.values.shape)
 
     def emit(self, dtype: torch.dtype, emit: Emit) -> Any:
-        """The value."""
-        value = emit.tensor("value")
-        return value if self.value.dtype == dtype else emit.call(torch.ops.aten.to.dtype, value, dtype)
+        """The values in ``dtype``."""
+        values = emit.tensor("values")
+        return values if self.values.dtype == dtype else emit.call(torch.ops.aten.to.dtype, values, dtype)
 
     def describe(self) -> str:
-        """E.g. ``"dense float32"``."""
-        return f"dense {str(self.value.dtype).removeprefix('torch.')}"
+        """E.g. ``"float32"``."""
+        return str(self.values.dtype).removeprefix("torch.")

@@ -47,3 +47,24 @@ class Eager:
         for step in field.split("."):
             value = value[int(step)] if isinstance(value, tuple) else getattr(value, step)
         return value
+
+
+@dataclass(frozen=True)
+class Within:
+    """Emits for a component that is a field of another: its tensors are found under that field.
+
+    Args:
+        outer: Where the calls of the outer component go.
+        field: Name of the field that holds the inner component.
+    """
+
+    outer: Emit
+    field: str
+
+    def call(self, target: Any, *args: Any) -> Any:
+        """The same call."""
+        return self.outer.call(target, *args)
+
+    def tensor(self, field: str) -> Any:
+        """The inner component's tensor."""
+        return self.outer.tensor(f"{self.field}.{field}")

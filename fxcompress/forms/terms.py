@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,38 @@ class WeightTerm(Component):
     def parameter_shape(self) -> tuple[int, ...]:
         """Shape of the parameter this term stands for."""
         raise FormatError(f"{type(self).__name__} does not implement parameter_shape")
+
+    @property
+    def multiplications(self) -> int:
+        """Products of numbers per row of inputs: those of a dense matrix unless a kind needs fewer."""
+        return math.prod(self.parameter_shape)
+
+    @property
+    def factored(self) -> bool:
+        """Whether the term computes with factors (:meth:`multiply`) instead of a weight of its own."""
+        return False
+
+    def multiply(self, x: Any, bias: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """Describe ``x·Wᵀ + bias`` without W; only asked for when :attr:`factored`.
+
+        Args:
+            x: ``[..., K]``, K being the columns of the term's layout.
+            bias: ``[N]``, or None.
+            dtype: Of the factors' values.
+            emit: Where the calls go.
+        """
+        raise FormatError(f"{type(self).__name__} does not implement multiply()")
+
+    def convolve(self, call: Mapping[str, Any], target: Any, dtype: torch.dtype, emit: Emit) -> Any:
+        """Describe the convolution ``target`` without its kernel; None when the term has no factors for it.
+
+        Args:
+            call: The call's arguments by schema name, in order; ``weight`` is to be replaced.
+            target: The operator.
+            dtype: Of the factors' values.
+            emit: Where the calls go.
+        """
+        return None
 
 
 @component("quantized-weight")

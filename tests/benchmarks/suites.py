@@ -170,9 +170,42 @@ def sparsity_cases() -> dict[str, Case]:
     return found
 
 
+def low_rank_cases() -> dict[str, Case]:
+    """Every method at 10 to 40 % fewer numbers, then factors with few bits, then residuals of rounding."""
+    found: dict[str, Case] = {}
+    methods = {
+        "SVD": ({"svd": {}}, None),
+        "FWSVD": ({"fwsvd": {}}, DOCUMENTATION),
+        "ASVD": ({"asvd": {}}, DOCUMENTATION),
+        "SVD-LLM": ({"svd-llm": {}}, DOCUMENTATION),
+        "SVD-LLM, ranks by allocation": ({"svd-llm": {"budget": "global"}}, DOCUMENTATION),
+    }
+    for reduction in (10, 20, 30, 40):
+        for name, (method, source) in methods.items():
+            ((key, options),) = method.items()
+            found[f"-{reduction} %, {name}"] = ([{key: {"keep": 1 - reduction / 100, **options}}], source)
+    split = {"svd-llm": {"keep": 0.8}}
+    found["-20 %, SVD-LLM, then 8 bits"] = ([split, *rtn(8, 0)], DOCUMENTATION)
+    found["-20 %, SVD-LLM, then 4 bits, gptq"] = (gptq(64, split), DOCUMENTATION)
+    found["LPLR, 8-bit factors, half the bits of bfloat16"] = ([{"lplr": {"keep": 0.25}}, *rtn_rest(8)], None)
+    for rank in (16, 32, 64):
+        residual = {"low-rank-residual": {"rank": rank, "bits": 8}}
+        found[f"w4 g64, gptq, residual of rank {rank} (EoRA)"] = ([*gptq(64), residual], DOCUMENTATION)
+    for bits in (3, 2):
+        plain = [{"quantize-weights": {"bits": bits, "group_size": 64, "only_remaining": True}}]
+        solved = [{"gptq": {"bits": bits, "group_size": 64}}, *plain]
+        eora = {"low-rank-residual": {"rank": 32, "bits": 8}}
+        loftq = {"low-rank-residual": {"rank": 32, "bits": 8, "metric": "weights", "iterations": 5}}
+        found[f"w{bits} g64, gptq"] = (solved, DOCUMENTATION)
+        found[f"w{bits} g64, gptq, residual of rank 32 (EoRA)"] = ([*solved, eora], DOCUMENTATION)
+        found[f"w{bits} g64, round to nearest, residual of rank 32 (LoftQ)"] = ([*plain, loftq], None)
+    return found
+
+
 SUITES: dict[str, dict[str, Case]] = {
     "quality": WEIGHTS,
     "activations": activation_cases(),
     "structured": structured_cases(),
     "sparsity": sparsity_cases(),
+    "low-rank": low_rank_cases(),
 }

@@ -61,6 +61,7 @@ class OneBlock:
         self.sites = [site for site in find_sites(program) if only(site)]
         self.generator = torch.Generator().manual_seed(0)
         self.asked: list[tuple[str, ...]] = []
+        self.survey: Any = None
 
     def weight(self, name: str) -> Tensor:
         return self.state.weight(name)
@@ -96,6 +97,9 @@ class OneBlock:
             found[edge] = statistics
         return found
 
+    def blocks(self) -> Iterator[OneBlock]:
+        yield self
+
     def function(self) -> BlockFunction:
         raise NotImplementedError("run passes that optimise a block through run_recipe")
 
@@ -123,6 +127,8 @@ class OneBlock:
     def run(self, method: Pass) -> list[Edit]:
         """Run a pass and apply its edits as the manager does."""
         edits = []
+        model: Any = self  # the whole model is one block
+        self.survey = method.survey(model)
         for edit in method.solve(self):
             self.state.apply(edit, method.name)
             edits.append(edit)
