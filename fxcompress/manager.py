@@ -39,6 +39,7 @@ from fxcompress.progress import ProgressEvent, ProgressOption, Reporter
 from fxcompress.recipe import Recipe
 from fxcompress.report import Report
 from fxcompress.structure.commit import Committed, check_structural, mask
+from fxcompress.structure.record import follow
 from fxcompress.structure.rounds import Round
 from fxcompress.verify import SiteAudit, check_weights, measure_end_to_end, prove_unchanged
 
@@ -211,7 +212,8 @@ class _Run:
         )
         choose = partial(current.choose, feed, self._seed(position, item, f"round {number}"))
         decided, _ = self._stored(item, -1 - number, lambda: [canonical(e, item.name) for e in choose()])
-        for refusal in current.decide(decided):
+        current.decide(decided)
+        for refusal in current.refused:
             self._apply(refusal, item)
         self._run_pass(position, item, reporter, current)
         sample = None if self.shown is None else self.shown.sample(_PROOF_BATCHES)
@@ -221,6 +223,8 @@ class _Run:
         self.structural.append(current)
         if committed is not None:
             self.plan, self.state = current.new_plan, committed.state
+            renamed = {follow(name, [committed.change]): error for name, error in self.errors.items()}
+            self.errors = {name: error for name, error in renamed.items() if name is not None}
             self.report.checks += current.checks
 
     def _run_pass(self, position: int, item: Pass, reporter: Reporter, current: Round | None = None) -> None:
@@ -234,7 +238,7 @@ class _Run:
             if lossy and self.shown is not None
             else None
         )
-        edits: list[Edit] = []
+        edits: list[Edit] = [] if current is None else list(current.refused)
         stage = f"{position + 1}/{len(self.recipe)} {item.name}"
         reporter.start(stage, len(self.plan.blocks))
         for index, block in enumerate(self.plan.blocks):

@@ -17,7 +17,7 @@ from fxcompress.calibration.model_loss import ModelLoss
 from fxcompress.calibration.plan import Plan
 from fxcompress.edits import CompressionState, Edit, KeepUnits, Refuse, RemoveBlock, StructuralEdit
 from fxcompress.errors import RecipeError, told_where
-from fxcompress.pass_base import StructuralPass
+from fxcompress.pass_base import BlockContext, StructuralPass
 from fxcompress.structure.commit import Committed, check_forms, check_structural, commit, prove_cut
 from fxcompress.structure.cost import Cost, cost_of
 from fxcompress.structure.cut_cost import CutCost
@@ -41,7 +41,7 @@ class Model:
         self.state = current.state
         self.round = current.number
         self.groups: Mapping[str, ChannelGroup] = current.groups
-        self.blocks = blocks
+        self.blocks: Sequence[BlockContext] = blocks
         self.generator = torch.Generator().manual_seed(seed)
         self.cost, self.first_cost = current.cost, current.first_cost
         self._plan, self._feed, self._seed = current.plan, feed, seed
@@ -92,6 +92,7 @@ class Round:
         found: The program's channel groups.
         groups: The same by name.
         decisions: Structural edits by block, once decided.
+        refused: What was left alone, and why.
         checks: Report entries of the proof.
         committed: The cut model, None before the end or when nothing was cut.
         new_plan: Of the cut program.
@@ -107,6 +108,7 @@ class Round:
         self.cost = cost_of(plan.program, plan.blocks)
         self.first_cost = first_cost or self.cost
         self.decisions: dict[int, list[StructuralEdit]] = {}
+        self.refused: list[Refuse] = []
         self.checks: list[dict[str, Any]] = []
         self.committed: Committed | None = None
         self.new_plan = plan
@@ -122,17 +124,16 @@ class Round:
             torch.manual_seed(seed)
             yield from self.item.choose(Model(self, blocks, feed, seed))
 
-    def decide(self, edits: Sequence[Edit]) -> list[Refuse]:
-        """Take the decisions, block by block; returns the refusals among them.
+    def decide(self, edits: Sequence[Edit]) -> None:
+        """Take the decisions, block by block, and the refusals among them.
 
         Raises:
             RecipeError: an edit that is none of structure, or that cannot be carried out.
         """
-        refused = []
         trial = self.state.copy()
         for edit in edits:
             if isinstance(edit, Refuse):
-                refused.append(edit)
+                self.refused.append(edit)
                 continue
             if not isinstance(edit, KeepUnits | RemoveBlock):
                 raise RecipeError(
@@ -143,13 +144,11 @@ class Round:
                 check_structural(edit, self.plan, trial, self.groups)
                 trial.apply(edit, self.item.name)
             self.decisions.setdefault(self._block(edit), []).append(edit)
-        return refused
 
     def _block(self, edit: StructuralEdit) -> int:
         """The block that carries an edit out: the first one that reads a tensor it concerns."""
-        names = (edit.name,)
         if isinstance(edit, KeepUnits):
-            names = tuple(member.name for member in self.groups[edit.group].members)
+            names = [member.name for member in self.groups[edit.group].members]
         else:
             index = block_of(self.plan.program, self.plan.blocks, edit.name)
             assert index is not None  # check_structural
@@ -163,8 +162,16 @@ class Round:
         """Cut what was masked, and prove it on ``sample`` if there is one.
 
         Raises:
+            RecipeError: the pass decided something and did not carry it out.
             VerificationError: the cut model differs from the masked one.
         """
+        for edit in (edit for edits in self.decisions.values() for edit in edits):
+            done = edit.group in state.kept if isinstance(edit, KeepUnits) else edit.name in state.removed
+            if not done:
+                raise RecipeError(
+                    f"pass {self.item.name!r}: {edit.name} was decided on, but solve() did not yield it.",
+                    fix="let solve() yield everything in block.decisions.",
+                )
         if not state.kept and not state.removed:
             return None
         self.committed = commit(self.plan, state, self.found)

@@ -208,3 +208,19 @@ def test_bench_kernels_of_an_uncompressed_model_is_refused(run: Run, decoder_dir
     done = run("bench", str(decoder_dir), "--kernels", "--against", str(decoder_dir))
     assert done.exit_code == 1
     assert "measures one model" in done.stderr
+
+
+def test_plain_checkpoints(run: Run, decoder_dir: Path, tmp_path: Path) -> None:
+    import transformers
+
+    arguments = ("compress", decoder_dir, "-r", "prune-channels", "--plain", "-o")
+    done = run(*arguments, tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert "structure:" in done.stdout
+    assert "87×45 → 65×45" in done.stdout
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.intermediate_size == 65
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    again = run(*arguments, tmp_path / "out")
+    assert again.exit_code != 0
+    assert "already exists" in again.stderr

@@ -197,6 +197,18 @@ def test_wrong_decisions_are_refused(edit: Any, message: str) -> None:
         run(choosing(edit))
 
 
+def test_decisions_must_be_carried_out() -> None:
+    @dataclass(frozen=True)
+    class Forgets(KeepFirst):
+        name: ClassVar[str] = "forgets"
+
+        def solve(self, block: Any) -> Iterator[Any]:
+            yield from () if block.index == 2 else block.decisions
+
+    with pytest.raises(RecipeError, match=r"layers\.1\.up\.weight was decided on, but solve\(\) did not"):
+        run(Forgets(kinds=("channels",)))
+
+
 def test_one_decision_per_group_and_block() -> None:
     twice = KeepUnits(GROUP, torch.tensor([0]))
     with pytest.raises(RecipeError, match="is cut already"):
