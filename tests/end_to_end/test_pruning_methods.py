@@ -65,6 +65,7 @@ def test_cut_alike_and_refitted_is_a_plain_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(scores(plain(**inputs)), scores(small(**inputs)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_on_a_real_model_data_beat_magnitude_and_the_refit_helps(
     smollm_small: Any, smollm_tokenizer: Any
@@ -80,7 +81,7 @@ def test_on_a_real_model_data_beat_magnitude_and_the_refit_helps(
 
     example = {"input_ids": torch.arange(64).view(2, 32), "use_cache": False}
     program = capture_model(smollm_small, (), example)
-    calibration = as_calibration(batches("calibration", 20), program)
+    calibration = as_calibration(batches("calibration", 16), program)
     held_out = as_calibration(batches("held-out", 2), program)
     wanted = [program.run_flat(batch.inputs)[0] for batch in held_out.batches]
 
