@@ -35,7 +35,7 @@ _STEP = 256
 _UPDATE = torch.ops.fxcompress.update_cache
 
 
-class PackedLayer(CacheLayerMixin):
+class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """The cache of one attention.
 
     Args:
@@ -48,7 +48,7 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, form: CacheForm | None, capacity: int | None = None, *, sliding: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_sliding = sliding
         self.form = form
         self.grows = capacity is None
@@ -60,7 +60,7 @@ class PackedLayer(CacheLayerMixin):
         self.constants: list[Tensor] = []
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]
         """Masks have the size of the cache in captured graphs, and of its content otherwise."""
         return torch.compiler.is_compiling()
 

@@ -158,7 +158,13 @@ class RecipeSource:
             program.aliases,
             program.inputs,
         )
-        return run_recipe(detached, self.recipe, None, verify="off").state
+        state = run_recipe(detached, self.recipe, None, verify="off").state
+        if state.tensors:  # the compiled graph reads the user's own parameters
+            raise RecipeError(
+                f"{min(state.tensors)}: the recipe edits it in place, which torch.compile cannot do.",
+                fix="end a pruning recipe with pack-sparse, or use fxcompress.compress(model, recipe).",
+            )
+        return state
 
 
 def source_from_options(options: Mapping[str, Any]) -> ArtifactSource | RecipeSource:

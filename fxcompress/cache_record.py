@@ -100,7 +100,7 @@ class CacheRecord:
         Raises:
             FxCompressError: the cache is full, or was made for other sequences.
         """
-        self._check(memory, length, key)
+        self.check(memory, length, key)
         for name, half, x in zip(_HALVES, self.halves(memory), (key, value), strict=True):
             self._store(name).append(half, x, length)
 
@@ -134,7 +134,12 @@ class CacheRecord:
             for key, (offset, _) in placed.items()
         }
 
-    def _check(self, memory: Tensor, length: int, key: Tensor) -> None:
+    def check(self, memory: Tensor, length: int, key: Tensor) -> None:
+        """Refuse new keys that do not belong to the cache, or do not fit.
+
+        Raises:
+            FxCompressError: the cache is full, or was made for other sequences.
+        """
         if tuple(memory.shape[:2]) != tuple(key.shape[:2]) or key.shape[3] != self.form.key_width:
             raise FxCompressError(
                 f"the cache holds {memory.shape[0]} sequences of {memory.shape[1]} heads of"
@@ -152,4 +157,5 @@ def _view(memory: Tensor, offset: int, field: Field) -> Tensor:
     part = memory[:, :, offset : offset + field.nbytes]
     if math.prod(field.shape) == 0:
         return part.new_empty(*memory.shape[:2], *field.shape, dtype=field.dtype)
-    return part.view(field.dtype).unflatten(-1, field.shape)
+    typed: Tensor = part.view(field.dtype).unflatten(-1, field.shape)
+    return typed

@@ -103,7 +103,7 @@ class CacheMaker:
 
     def before_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Make room in a cache given to a call: compiled code cannot."""
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         if not self.layers or not hasattr(cache, "reserve"):
             return
         ids = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
@@ -129,13 +129,13 @@ def fixed_cache(
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     if caches is not None:
-        cache = caches.new(capacity)
-        if not cache.allocate(batch, dtype, device):
+        packed = caches.new(capacity)
+        if not packed.allocate(batch, dtype, device):
             raise NotCoveredError("layers of its cache are not packed.")
-        return cache
+        return packed
     from transformers import StaticCache
 
-    cache = StaticCache(config=module.config, max_cache_len=capacity)
+    cache: Any = StaticCache(config=module.config, max_cache_len=capacity)
     allocate(cache, module.config, batch, dtype, device, shapes)
     return cache
 

@@ -134,16 +134,16 @@ def _bias_edit(block: BlockContext, site: Site, change: Tensor) -> Edit:
         bias = block.weight(site.bias)
         return SetTensor(site.bias, (bias.double() + change.to(bias.device)).to(bias.dtype), note)
     bias = torch.zeros_like(change) if held is None else held.double().cpu()
-    if held is None and site.bias_node is not None:
-        raise CalibrationError(f"{site.name}: its bias is computed and cannot be changed.")
     return SetTransform(site.name, bias=bias + change, reason=note)
 
 
 def _can_change(block: BlockContext, site: Site) -> bool:
-    """Whether one matrix is used once, so that its inputs here are all its inputs."""
-    nodes = block.program.weight_node(site.name)
-    once = len(nodes) == 1 and all(len(node.users) == 1 for node in (nodes[0], *site.chain))
-    return once and site.layout.batch_dims == 0 and (site.bias is not None or site.bias_node is None)
+    """Whether one matrix (and its bias) is used once, so that its inputs here are all its inputs."""
+    if site.layout.batch_dims or (site.bias is None) != (site.bias_node is None):
+        return False
+    names = [site.name] if site.bias is None else [site.name, site.bias]
+    nodes = [node for name in names for node in block.program.weight_node(name)]
+    return len(nodes) == len(names) and all(len(node.users) == 1 for node in (*nodes, *site.chain))
 
 
 def _gone(member: GroupMember, units: int, kept: Tensor, channels: int) -> Tensor:

@@ -54,7 +54,7 @@ class PruningPass(SelectivePass):
     def __post_init__(self) -> None:
         super().__post_init__()
         s = self.sparsity
-        if isinstance(s, bool) or not isinstance(s, int | float) or not 0 < s < 1:
+        if type(s) not in (int, float) or not 0 < s < 1:
             raise RecipeError(
                 f"{self.name}: sparsity={s!r}, expected a share between 0 and 1, both excluded.",
                 fix="exclude weights to leave them dense; a weight of zeros only is no weight.",

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxcompress.analysis.sites import find_sites
+from fxcompress.errors import CalibrationError
 from fxcompress.forms import PositionRotation
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._cache_sites import CachedAttention
@@ -31,19 +33,22 @@ def find_rotation(block: BlockContext, attention: CachedAttention) -> PositionRo
     key = attention.site.key
     starts = {
         node
-        for site in block.sites
+        for site in find_sites(block.program)
         for node in [site.node]
         if site.name in attention.site.key_weights and site.kind.value != "embedding"
     }
     inside, outside = _between(key, starts)
     if not starts or key not in inside:
-        return "the way from its weights to its keys leaves the block"
+        return "its keys come from no weight"
     given, program = {}, block.program
     weights = [node for node in outside if node.op == "placeholder" and node.name in program.weight_of]
     for node in weights:
         given[node] = block.state.effective(program.weight_of[node.name])
     dynamic = [node for node in outside if node not in given]
-    values = next(block.values([*dynamic, *starts]))
+    try:
+        values = next(block.values([*dynamic, *starts]))
+    except CalibrationError as error:
+        return str(error)
     given |= {node: values[node] for node in dynamic}
     keys = []
     needed = -(-2 * attention.key_width // attention.heads)
@@ -68,8 +73,8 @@ def rotation_of(keys: Tensor) -> PositionRotation | str | None:
     identity = torch.eye(width, dtype=torch.float64)
     if all(torch.allclose(matrix, identity, atol=_SAME) for matrix in (near, later)):
         return None
-    off = later - torch.diag(later.diagonal()) + near - torch.diag(near.diagonal())
-    size, partner = off.abs().max(1)
+    off = later.abs() + near.abs()
+    size, partner = (off - torch.diag(off.diagonal())).max(1)
     partner = torch.where(size > _SAME, partner, torch.arange(width))
     frequency = _frequency(near, later, far, partner)
     if not torch.equal(partner[partner], torch.arange(width)):
@@ -78,7 +83,7 @@ def rotation_of(keys: Tensor) -> PositionRotation | str | None:
     frequency = torch.where(
         first, frequency, torch.where(partner == torch.arange(width), 0.0, -frequency[partner])
     )
-    found = PositionRotation(partner, frequency.contiguous())
+    found = PositionRotation(partner, frequency.float().double().contiguous())
     for position in (1, far):
         place = torch.tensor([position])
         turned = found.undo(keys[None, :, :1], place)[0, :, 0]
@@ -96,8 +101,10 @@ def _frequency(near: Tensor, later: Tensor, far: int, partner: Tensor) -> Tensor
 
 def _map(keys: Tensor, position: int) -> Tensor | None:
     """``M: [D, D]`` with ``keys[:, position] = keys[:, 0] Mᵀ``, or None when there is none."""
-    start, end = keys[:, 0], keys[:, position]
-    solved = torch.linalg.lstsq(start, end).solution
+    start, end = keys[:, 0].contiguous(), keys[:, position].contiguous()
+    if not bool(torch.isfinite(start).all() and torch.isfinite(end).all()):
+        return None
+    solved = torch.linalg.pinv(start) @ end
     error = (start @ solved - end).abs().max() / end.abs().max().clamp_min(1e-30)
     return solved.T if float(error) < _SAME else None
 

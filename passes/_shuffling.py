@@ -95,4 +95,5 @@ def _gains(x: Tensor, n: int, m: int) -> Tensor:
     base = (torch.stack(without, 2) - held[:, :, None]).sum(-1).flatten(1)  # [P, C], ≤ 0
     floor = torch.stack(nth, 2).flatten(1, 2)  # [P, C, R]
     joined = torch.stack([(x - floor[:, u, None]).clamp_min(0).sum(-1) for u in range(x.shape[1])], 1)
-    return base[:, :, None] + base[:, None] + joined + joined.mT
+    gains: Tensor = base[:, :, None] + base[:, None] + joined + joined.mT
+    return gains

@@ -60,14 +60,26 @@ def _nm(
 def _term(
     value: Tensor | QuantizedWeight, layout: WeightLayout, index: SparseIndex, stored: Tensor
 ) -> WeightTerm:
-    view = (layout.shape, layout.perm, layout.batch_dims, layout.row_dims)
     if not stored.numel():  # a weight of zeros: terms hold at least one value
         stored = torch.zeros(1, dtype=stored.dtype)
     if not isinstance(value, QuantizedWeight):
-        return SparseWeight(*view, index, stored.contiguous())
-    form = (value.bits, value.symmetric, value.group_size)
-    codes = pack_codes(stored, value.bits)
-    return SparseQuantizedWeight(*form, *view, index, stored.numel(), codes, value.scale, value.zero)
+        return SparseWeight(
+            layout.shape, layout.perm, layout.batch_dims, layout.row_dims, index, stored.contiguous()
+        )
+    return SparseQuantizedWeight(
+        bits=value.bits,
+        symmetric=value.symmetric,
+        group_size=value.group_size,
+        shape=layout.shape,
+        perm=layout.perm,
+        batch_dims=layout.batch_dims,
+        row_dims=layout.row_dims,
+        index=index,
+        stored=stored.numel(),
+        codes=pack_codes(stored, value.bits),
+        scale=value.scale,
+        zero=value.zero,
+    )
 
 
 def semi_structured_form(value: Tensor, mask: SparsityMask) -> WeightTerm | str:
@@ -78,7 +90,7 @@ def semi_structured_form(value: Tensor, mask: SparsityMask) -> WeightTerm | str:
     if len(layout.shape) != 2 or layout.batch_dims:
         return "it is no matrix"
     matrix = layout.to_matrix(value.detach())[0]
-    problem = semi_structured_problem(*matrix.shape, matrix.dtype)
+    problem = semi_structured_problem(matrix.shape[0], matrix.shape[1], matrix.dtype)
     if problem is not None:
         return problem
     return SemiStructuredWeight(layout.shape, layout.perm, *encode_semi_structured(matrix))

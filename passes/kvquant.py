@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -190,12 +190,12 @@ class Kvquant(CachePass):
 def lloyd(x: Tensor, w: Tensor, count: int, iterations: int = _ITERATIONS) -> Tensor:
     """``[count]`` centres of the weighted k-means of sorted ``x: [N]`` float64, ascending.
 
-    Starts at the quantiles of the weight; a centre that nothing is nearest to stays where it is.
+    Starts at the quantiles; a centre that nothing is nearest to stays where it is.
     """
     total = torch.cat([w.new_zeros(1), w.cumsum(0)])  # sums of the first n
     moment = torch.cat([w.new_zeros(1), (w * x).cumsum(0)])
-    share = (torch.arange(count, dtype=torch.float64) + 0.5) / count * total[-1]
-    centres = x[torch.searchsorted(total[1:], share).clamp_max(x.numel() - 1)]
+    middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count * x.numel()
+    centres = x[middle.long().clamp_max(x.numel() - 1)]
     centres = centres + torch.arange(count) * 1e-12  # distinct
     for _ in range(iterations):
         ends = torch.searchsorted(x, (centres[1:] + centres[:-1]) / 2)
@@ -212,9 +212,9 @@ def lloyd(x: Tensor, w: Tensor, count: int, iterations: int = _ITERATIONS) -> Te
 def _moments(query: Tensor, heads: int, rotation: PositionRotation | None) -> Tensor:
     """``[H, D]``: mean squares of the queries that meet each key head; equal within a rotated pair."""
     squares = query.float().square().mean((0, 2)).unflatten(0, (heads, -1)).mean(1)
-    if rotation is None:
-        return squares
-    return (squares + squares[:, rotation.partner.to(squares.device)]) / 2
+    if rotation is not None:
+        squares = (squares + squares[:, rotation.partner.to(squares.device)]) / 2
+    return cast("Tensor", squares)
 
 
 def _moments_of(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,9 +108,9 @@ class PruneChannels(SelectivePass, StructuralPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.granularity, str | list):
-            given = (self.granularity,) if isinstance(self.granularity, str) else tuple(self.granularity)
-            object.__setattr__(self, "granularity", given)
+        given: object = self.granularity
+        if isinstance(given, str | list):
+            object.__setattr__(self, "granularity", (given,) if isinstance(given, str) else tuple(given))
         self._check_names()
         self._check_numbers()
         needs = self.importance not in ("l1", "l2") or self.recover or bool(self.compensate)
@@ -146,7 +146,7 @@ class PruneChannels(SelectivePass, StructuralPass):
                 told = "a share above 0 and below 1" if option == "amount" else "a share above 0, at most 1"
                 told = "a positive number" if option == "damping" else told
                 raise RecipeError(f"{self.name}: {option}={value!r}, expected {told}.")
-        balance = self.balance
+        balance: object = self.balance
         if isinstance(balance, bool) or not isinstance(balance, int | float) or not 0 < balance < 1e9:
             raise RecipeError(f"{self.name}: balance={balance!r}, expected a positive number.")
         least = {"round_to": 1, "steps": 1, "tokens": 1, "samples": 1, "protect_first": 0, "protect_last": 0}

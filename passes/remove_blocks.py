@@ -72,14 +72,15 @@ class RemoveBlocks(StructuralPass):
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        amount = self.amount
+        amount: object = self.amount
         if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < 1:
             raise RecipeError(f"{self.name}: amount={amount!r}, expected a share above 0 and below 1.")
         if self.criterion not in CRITERIA:
             raise RecipeError(
                 f"{self.name}: criterion={self.criterion!r}, expected {', '.join(map(repr, CRITERIA))}."
             )
-        if type(self.contiguous) is not bool or (self.contiguous and self.criterion != "angular"):
+        contiguous: object = self.contiguous
+        if type(contiguous) is not bool or (contiguous and self.criterion != "angular"):
             raise RecipeError(
                 f"{self.name}: contiguous={self.contiguous!r} with criterion={self.criterion!r}.",
                 fix="use it with criterion='angular'.",

@@ -68,7 +68,7 @@ class SparseGpt(PruningPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or self.damping < 0:
+        if type(self.damping) not in (int, float) or not 0 <= self.damping < float("inf"):
             raise RecipeError(f"{self.name}: damping={self.damping!r}, expected a number from 0.")
         if type(self.block_columns) is not int or self.block_columns < 1:
             raise RecipeError(

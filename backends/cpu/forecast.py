@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 
 import torch
 
+from fxcompress.backends.cpu.cached_form import CachedAttentionForm
 from fxcompress.backends.cpu.codebook import codebook_form, rows_form
 from fxcompress.backends.cpu.embeddings import GeneratedEmbedding
 from fxcompress.backends.cpu.generated import GeneratedBfloat16, GeneratedDense, linear_form
@@ -54,7 +55,10 @@ def forecast(
                 if isinstance(kernel, GeneratedBfloat16 | GeneratedDense):
                     wide.setdefault(kernel.form(spec))
             narrow.setdefault(linear_form(spec))
-    found = [*wide, *([AttentionForm(DTYPES[dtype])] if attention else []), *narrow]
+    caches = [form.cache for form in state.forms.values() if form.cache is not None]
+    cached = [CachedAttentionForm.of(cache, DTYPES[dtype]) for cache in caches]
+    read = [form for form in cached if form is not None]
+    found = [*wide, *([AttentionForm(DTYPES[dtype])] if attention else []), *narrow, *read]
     return list(dict.fromkeys(found))
 
 

@@ -26,6 +26,7 @@ from fxcompress.backends.cpu.selection import this_machine
 from fxcompress.backends.cpu.sparse_form import SparseForm
 from fxcompress.capture.program import Program
 from fxcompress.errors import FormatError
+from fxcompress.formats.sparse_index import nm_columns
 from fxcompress.forms import (
     DenseWeight,
     SemiStructuredWeight,
@@ -55,7 +56,7 @@ _SPARSE = (*_FLOATS, SparseQuantizedWeight)
     " ScalarType dtype) -> Tensor"
 )
 def _row_bitmap_dense(
-    values: Tensor,  # [nnz + 16]
+    values: Tensor,  # [at least nnz + 16]
     bits: Tensor,  # [N, ceil(K / 16)] int16
     offsets: Tensor,  # [N] int64
     columns: int,
@@ -65,9 +66,10 @@ def _row_bitmap_dense(
 ) -> Tensor:
     """The dense weight, ``[N, K]``, or ``[K, N]`` if turned."""
     places = torch.arange(CHUNK, device=bits.device)
-    mask = ((bits.to(torch.int32).unsqueeze(-1) >> places) & 1).flatten(1)[:, :columns]
+    mask = ((bits.to(torch.int32).unsqueeze(-1) >> places) & 1).flatten(1)
     slot = offsets[:, None] + mask.cumsum(1) - mask
-    dense = torch.where(mask.bool(), values[slot], torch.zeros((), dtype=values.dtype)).to(dtype)
+    zero = torch.zeros((), dtype=values.dtype, device=values.device)
+    dense = torch.where(mask.bool(), values[slot], zero)[:, :columns].to(dtype)
     return dense.t().contiguous() if turned else dense
 
 
@@ -79,7 +81,7 @@ class RowBitmapWeight(WeightTerm):
     Args:
         shape: Of the parameter, two dimensions.
         perm: ``(0, 1)`` when it is ``[N, K]``, ``(1, 0)`` when ``[K, N]``.
-        values: ``[nnz + 16]`` floating; the last 16 are only read past the end.
+        values: ``[V]`` floating; at least 16 behind the last entry, which are read and not used.
         bits: ``[N, ceil(K / 16)]`` int16.
         offsets: ``[N]`` int64.
         even: Every word has exactly 8 bits set.
@@ -111,15 +113,25 @@ class RowBitmapWeight(WeightTerm):
 
 
 def row_bitmap(dense: Tensor, perm: tuple[int, ...]) -> RowBitmapWeight:
-    """Lay out a weight of two dimensions."""
+    """Lay out a weight of two dimensions.
+
+    Words of at most half their inputs are filled up with zeros when the weight is about half full, so that
+    every word has 8 (a 2:4 weight may hold zeros by itself). Else the values are padded to a multiple of 1/64
+    of the weight: layers of equal shape and similar density then have equal sizes, and share compiled code.
+    """
     matrix = dense if perm == (0, 1) else dense.t()
-    keep = matrix != 0
-    words = F.pad(keep, (0, -matrix.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK)).to(torch.int32)
+    keep = F.pad(matrix != 0, (0, -matrix.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
+    most = int(keep.sum(-1).max()) if keep.numel() else 0
+    even = most == CHUNK // 2 and int(keep.sum()) > 0.4 * dense.numel()
+    if even:
+        keep = torch.zeros_like(keep).scatter(-1, nm_columns(keep.flatten(1), most, CHUNK), True)
     places = torch.arange(CHUNK, dtype=torch.int32)
-    bits = (words << places).sum(-1).to(torch.int16)
-    counts = keep.sum(1)
-    values = F.pad(matrix[keep], (0, CHUNK))
-    even = bool((words.sum(-1) == CHUNK // 2).all())
+    bits = (keep.to(torch.int32) << places).sum(-1).to(torch.int16)
+    counts = keep.sum((1, 2))
+    padded = F.pad(matrix, (0, -matrix.shape[1] % CHUNK))
+    values = padded[keep.flatten(1)]
+    spare = 0 if even else -values.numel() % max(1, dense.numel() // 64)
+    values = F.pad(values, (0, spare + CHUNK))
     return RowBitmapWeight(tuple(dense.shape), perm, values, bits, counts.cumsum(0) - counts, even)
 
 
@@ -176,7 +188,7 @@ class ExecutableStore(WeightStore):
         reason = _impossible(term, dense)
         if reason is None:
             laid_out = row_bitmap(dense, term.layout.perm)
-            reason = _refuses(laid_out)
+            reason = _refuses(laid_out, int(dense.count_nonzero()))
             if reason is None:
                 self.notes[name] = f"stored as {term.describe()}"
                 return laid_out
@@ -245,7 +257,8 @@ def noted(store: WeightStore, program: Program, choices: Mapping[str, str]) -> d
 
 def _impossible(term: WeightTerm, dense: Tensor) -> str | None:
     """Why no kernel takes a weight, or None."""
-    if dense.dim() != 2 or getattr(term.layout, "batch_dims", 0):  # type: ignore[attr-defined]
+    layout: WeightLayout = term.layout  # type: ignore[attr-defined]
+    if dense.dim() != 2 or layout.batch_dims:
         return "it is no matrix"
     isa = this_machine().isa
     if dense.dtype not in DTYPES or isa.lanes != CHUNK:
@@ -253,12 +266,12 @@ def _impossible(term: WeightTerm, dense: Tensor) -> str | None:
     return None
 
 
-def _refuses(weight: RowBitmapWeight) -> str | None:
+def _refuses(weight: RowBitmapWeight, entries: int) -> str | None:
     """Why a weight is not multiplied as it is stored, or None.
 
     The kernel is compiled now, so that only what exists is chosen.
     """
-    entries, elements = weight.values.numel() - CHUNK, math.prod(weight.shape)
+    elements = math.prod(weight.shape)
     if not pays(entries, elements, even=weight.even):
         return f"with {entries / max(1, elements):.0%} entries a dense product is faster"
     reason = ensure_kernel(SparseForm(DTYPES[weight.values.dtype], weight.even), this_machine().isa)

@@ -134,7 +134,7 @@ def export_program(
         report = checker.accept(folder / destination.name, trials or standard_trials(program, example))
         if beside is not None:
             beside(folder)
-        files = publish(folder, destination)
+        files = publish(folder, destination, overwrite=options.overwrite)
     return OnnxReport(
         path=destination,
         bytes=sum(file.stat().st_size for file in files),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def export_model(
     check_destination(Path(path), overwrite=chosen.overwrite)
     module: Any = model.model
     example = _with_mask(module, default_example(module)) if example_inputs is None else example_inputs
-    with uncompiled(entry_points(module)):
+    with uncompiled(entry_points(module)), ungrouped_experts(module):
         if cache:
             return _export_decoder(model, Path(path), example, chosen)
         args, kwargs = call_arguments(module, example)
@@ -89,6 +90,24 @@ def _export_decoder(model: CompressedModel, path: Path, example: Any, options: O
         options=options,
         beside=lambda folder: write_generation_files(module, model.tokenizer, folder, path.name, decoder),
     )
+
+
+@contextmanager
+def ungrouped_experts(module: Any) -> Iterator[None]:
+    """Let experts run as one product per token and expert: ONNX has no product of groups of rows."""
+    configs = {
+        id(part.config): part.config
+        for part in module.modules()
+        if getattr(getattr(part, "config", None), "_experts_implementation", None) is not None
+    }
+    held = [(config, config._experts_implementation) for config in configs.values()]
+    try:
+        for config, _ in held:
+            config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, implementation in held:
+            config._experts_implementation = implementation
 
 
 def state_of(model: CompressedModel) -> CompressionState:

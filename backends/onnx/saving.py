@@ -77,14 +77,24 @@ def write_model(model: ir.Model, path: Path, *, external: bool | None, threshold
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def publish(folder: Path, destination: Path) -> list[Path]:
-    """Move everything in ``folder`` beside ``destination``, the model itself last."""
+def publish(folder: Path, destination: Path, *, overwrite: bool) -> list[Path]:
+    """Move everything in ``folder`` beside ``destination``, the model itself last.
+
+    Raises:
+        ArtifactError: a file of that name exists and must not be replaced.
+    """
+    taken = [file.name for file in sorted(folder.iterdir()) if (destination.parent / file.name).exists()]
+    if taken and not overwrite:
+        raise ArtifactError(
+            f"{destination.parent}: {', '.join(taken)} exist already.",
+            fix="write to an empty directory, or pass overwrite=True.",
+        )
     names = sorted(
         (file.name for file in folder.iterdir()), key=lambda name: (name == destination.name, name)
     )
     for name in names:
         os.replace(folder / name, destination.parent / name)
     stale = destination.parent / f"{destination.name}.data"
-    if stale.name not in names and stale.exists():
+    if overwrite and stale.name not in names and stale.exists():
         stale.unlink()
     return [destination.parent / name for name in names]

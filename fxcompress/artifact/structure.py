@@ -97,11 +97,9 @@ def _check_shapes(
     for name in remaining.keys() ^ shapes.keys():
         _require(False, f"{name} is only among the {'original' if name in remaining else 'stored'} weights")
     for name, stored in remaining.items():
-        new = shapes[name]
-        fits = len(new) == len(stored.shape) and all(
-            0 < a <= b for a, b in zip(new, stored.shape, strict=True)
-        )
-        _require(fits or new == stored.shape, f"{name} is {new}, cut from {stored.shape}")
+        now, before = shapes[name], stored.shape
+        fits = len(now) == len(before) and all(0 < a <= b for a, b in zip(now, before, strict=True))
+        _require(fits or now == before, f"{name} is {now}, cut from {before}")
 
 
 def _attribute(change: AttributeChange) -> dict[str, Any]:

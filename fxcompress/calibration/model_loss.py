@@ -150,16 +150,17 @@ class ModelLoss:
             for name, gradient in self._block_gradients(index, values, cotangents, wanted, walk.double):
                 pending[name] = pending[name] + gradient if name in pending else gradient
             for name in [name for name in wanted if first_use[name] == index]:
-                gradient = pending.pop(name, None)
-                if gradient is None:
-                    weight = self._state.effective(name)
-                    gradient = torch.zeros_like(weight, dtype=torch.float64 if walk.double else None)
-                if not bool(torch.isfinite(gradient).all()):
+                total = pending.pop(name) if name in pending else self._zero(name, walk.double)
+                if not bool(torch.isfinite(total).all()):
                     raise CalibrationError(
                         f"{name}: the gradient of the loss has NaN or inf (batch {batch + 1}).",
                         fix="check the inputs and the model's numeric range.",
                     )
-                yield name, gradient
+                yield name, total
+
+    def _zero(self, name: str, double: bool) -> Tensor:
+        weight = self._state.effective(name)
+        return torch.zeros_like(weight, dtype=torch.float64 if double else None)
 
     def _output_gradients(self, batch: int, walk: Walk) -> dict[fx.Node, Tensor]:
         """Gradients of the loss with respect to the values the graph returns."""
@@ -169,7 +170,9 @@ class ModelLoss:
         with torch.enable_grad():
             flat = fx.node.map_arg(self._plan.output.args[0], lambda node: leaves.get(node, values.get(node)))
             loss = self._loss(batch, walk.inputs[0], list(flat) if isinstance(flat, tuple | list) else [flat])
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                loss, list(leaves.values()), allow_unused=True
+            )
         return {node: g for node, g in zip(leaves, found, strict=True) if g is not None}
 
     def _block_gradients(

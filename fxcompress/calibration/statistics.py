@@ -121,7 +121,8 @@ class ActivationStatistics:
     def variance(self) -> Tensor:
         """``[K]`` float32: E[(x − E[x])²], of the population; computed in float64."""
         first, _, second = self._have(self._sums) / self.count
-        return (second - first.square()).clamp_min(0).to(torch.float32)
+        variance: Tensor = second - first.square()
+        return variance.clamp_min(0).to(torch.float32)
 
     @property
     def gram(self) -> Tensor:

@@ -52,7 +52,7 @@ def encode_semi_structured(matrix: Tensor) -> tuple[Tensor, Tensor]:
         >>> values.shape, int(meta[0, 0])
         (torch.Size([32, 16]), -4370)
     """
-    problem = semi_structured_problem(*matrix.shape, matrix.dtype)
+    problem = semi_structured_problem(matrix.shape[0], matrix.shape[1], matrix.dtype)
     if problem is not None:
         raise FormatError(f"semi-structured: {problem}.")
     kept = nm_columns(matrix != 0, 2, 4)  # [N, K/4, 2]
@@ -63,7 +63,7 @@ def encode_semi_structured(matrix: Tensor) -> tuple[Tensor, Tensor]:
     wide = (codes << shifts).sum(-1)  # [N, K / (4 · quads)], unsigned in int64
     limit = 1 << (4 * quads)
     signed = torch.where(wide >= limit // 2, wide - limit, wide).to(meta_dtype)
-    place = _places(*signed.shape, meta_dtype).to(matrix.device)
+    place = _places(signed.shape[0], signed.shape[1], meta_dtype).to(matrix.device)
     meta = torch.empty_like(signed).flatten().scatter(0, place.flatten(), signed.flatten())
     return values.contiguous(), meta.view(signed.shape)
 
@@ -72,7 +72,7 @@ def decode_semi_structured(values: Tensor, meta: Tensor) -> Tensor:
     """The dense ``[N, K]`` of :func:`encode_semi_structured`."""
     rows = values.shape[0]
     quads = _KINDS[values.dtype.itemsize][1]
-    place = _places(*meta.shape, meta.dtype).to(values.device)
+    place = _places(meta.shape[0], meta.shape[1], meta.dtype).to(values.device)
     plain = meta.flatten()[place.flatten()].view(meta.shape).to(torch.int64)
     shifts = 4 * torch.arange(quads, device=values.device)
     codes = (plain.unsqueeze(-1) >> shifts & 15).flatten(1)  # [N, K/4]

@@ -37,7 +37,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     """
     bits = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (bits << places).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (bits << places).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:

@@ -37,7 +37,8 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_planes(packed: Tensor, bits: int, width: int) -> Tensor:
     """Inverse of :func:`pack_planes`."""
-    return unpack_codes(packed, bits, width).unflatten(-1, (-1, planes(bits))).transpose(-1, -2).flatten(-2)
+    codes: Tensor = unpack_codes(packed, bits, width).unflatten(-1, (-1, planes(bits)))
+    return codes.transpose(-1, -2).flatten(-2)
 
 
 def check_packs(what: str, bits: int, width: int) -> None:
@@ -143,7 +144,7 @@ class IntStore(BlockStore):
         codes = unpack_planes(parts["codes"], self.bits, width).float()
         scale, low = parts["scale"].float(), parts["low"].float()
         if self.axis == "channel":
-            grouped = codes.unflatten(2, (-1, self.group_size))
+            grouped: Tensor = codes.unflatten(2, (-1, self.group_size))
             return (grouped * scale.unsqueeze(3) + low.unsqueeze(3)).flatten(2, 3)
         grouped = codes.unflatten(3, (self._groups(width), -1))
         return (grouped * scale.unsqueeze(4) + low.unsqueeze(4)).flatten(3)

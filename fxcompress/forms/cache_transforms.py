@@ -55,7 +55,8 @@ class HeadRotation(CacheTransform):
         """``x Hᵀ``."""
         size = x.shape[-1] & -x.shape[-1]
         matrix = hadamard(size).to(x.device, x.dtype)
-        return (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+        parts: Tensor = x.unflatten(-1, (-1, size))
+        return (parts @ matrix).flatten(-2)
 
     def undo(self, x: Tensor, positions: Tensor) -> Tensor:
         """The same."""

@@ -60,6 +60,7 @@ def _update_cache(
     """
     record = CacheRecord(from_text(form, constants), capacity, key.dtype)
     done, new = int(length), key.shape[2]
+    record.check(memory, done, key)
     found = []
     for past, x in zip(record.read(memory, done), (key, value), strict=True):
         whole = x.new_zeros((*x.shape[:2], keys, x.shape[3]))

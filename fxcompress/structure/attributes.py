@@ -188,7 +188,7 @@ def _bound_attributes(
 def _equal_dims(path: str, part: nn.Module, name: str, before: Shapes) -> set[tuple[str, int]]:
     value = vars(part).get(name)
     size = value[0] if isinstance(value, tuple) and len(value) == 1 else value
-    found = set()
+    found: set[tuple[str, int]] = set()
     for key in _own(part):
         shape = before.get(f"{path}.{key}".lstrip("."), ())
         found.update((key, dim) for dim, length in enumerate(shape) if length == size)

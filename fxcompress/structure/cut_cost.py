@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
-from fxcompress.analysis.axes import Axis
+from fxcompress.analysis.axes import Axis, Dim
 from fxcompress.analysis.blocks import Block
 from fxcompress.analysis.channel_groups import ChannelGroups
 from fxcompress.capture.program import Program
@@ -114,7 +114,7 @@ class CutCost:
 
         return sizes
 
-    def _dims_of(self, node: fx.Node) -> list[object] | None:
+    def _dims_of(self, node: fx.Node) -> list[Dim] | None:
         dims = self._groups.typing.dims.get(node)
         return dims[0] if dims and isinstance(dims[0], list) else dims
 
@@ -125,8 +125,8 @@ class CutCost:
             for dim in self._dims_of(value) or ()
         )
 
-    def _has(self, dim: object, cuttable: set[Axis]) -> bool:
-        return not cuttable.isdisjoint(self._groups.typing.axes.variables(dim))  # type: ignore[arg-type]
+    def _has(self, dim: Dim, cuttable: set[Axis]) -> bool:
+        return not cuttable.isdisjoint(self._groups.typing.axes.variables(dim))
 
     def _bytes_read(self, node: fx.Node) -> int:
         """Bytes of the constant operands of a product."""

@@ -142,7 +142,7 @@ def example_call(
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for item in call:
-        value = item.value
+        value: Any = item.value
         if item.dtype:
             if item.dtype not in dtypes:
                 raise ArtifactError(f"structure: the call has an input of dtype {item.dtype!r}.")

@@ -49,9 +49,9 @@ def outputs_differ(module: nn.Module, program: Program, flat: Sequence[Any], exp
     if len(tensors) != len(wanted):
         return f"{len(tensors)} outputs instead of {len(wanted)}"
     for index, (value, want) in enumerate(zip(tensors, wanted, strict=True)):
-        error = relative_difference(want, value)
-        if not error <= _TOLERANCES.get(want.dtype, 0.0):
-            return f"output {index} differs by {error:.1e} relative"
+        gap = relative_difference(want, value)
+        if not gap <= _TOLERANCES.get(want.dtype, 0.0):
+            return f"output {index} differs by {gap:.1e} relative"
     return ""
 
 

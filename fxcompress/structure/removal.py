@@ -53,32 +53,35 @@ def remove_blocks(program: Program, removals: Sequence[Removal]) -> Program:
     node_map: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, node_map))
-    for old, new in node_map.items():
-        new.meta = copy.copy(old.meta)
+    for old, twin in node_map.items():
+        twin.meta = copy.copy(old.meta)
     resolved: dict[fx.Node, fx.Node] = {}
     for removal in sorted(removals, key=lambda removal: removal.index):
-        for value, instead in removal.bypass.values.items():
-            resolved[value] = resolved.get(instead, node_map[instead])
-            node_map[value].replace_all_uses_with(resolved[value])
+        for output, instead in removal.bypass.values.items():
+            resolved[output] = resolved.get(instead, node_map[instead])
+            node_map[output].replace_all_uses_with(resolved[output])
     gone = [entry for removal in removals for entry in removal.entries]
     _drop_unread(program, graph, node_map, gone)
     graph.lint()
     module = fx.GraphModule(program.graph_module, graph)
     names = {name: new for name in program.weights if (new := renumbered(name, gone)) is not None}
+    held = {holder.name: holder for holder in program.placeholders()}
+    inputs = [held[name] for name in program.inputs]
     return dataclasses.replace(
         program,
         graph_module=module,
         weight_of={
-            node.name: names[program.weight_of[node.name]]
-            for node in graph.nodes
-            if node.op == "placeholder" and node.name in program.weight_of
+            node_map[holder].name: names[program.weight_of[holder.name]]
+            for holder in program.placeholders()
+            if program.weight_of.get(holder.name) in names
         },
-        weights={new: program.weights[name] for name, new in names.items()},
+        inputs=tuple(node_map[holder].name for holder in inputs),
+        weights={kept: program.weights[name] for name, kept in names.items()},
         parameters=frozenset(names[name] for name in program.parameters if name in names),
         aliases={
-            new: names[name]
+            further: names[name]
             for alias, name in program.aliases.items()
-            if name in names and (new := renumbered(alias, gone)) is not None
+            if name in names and (further := renumbered(alias, gone)) is not None
         },
     )
 

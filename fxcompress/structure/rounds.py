@@ -17,7 +17,7 @@ from fxcompress.calibration.model_loss import ModelLoss
 from fxcompress.calibration.plan import Plan
 from fxcompress.edits import CompressionState, Edit, KeepUnits, Refuse, RemoveBlock, StructuralEdit
 from fxcompress.errors import RecipeError, told_where
-from fxcompress.pass_base import StructuralPass
+from fxcompress.pass_base import BlockContext, StructuralPass
 from fxcompress.structure.commit import Committed, check_forms, check_structural, commit, prove_cut
 from fxcompress.structure.cost import Cost, cost_of
 from fxcompress.structure.cut_cost import CutCost
@@ -41,7 +41,7 @@ class Model:
         self.state = current.state
         self.round = current.number
         self.groups: Mapping[str, ChannelGroup] = current.groups
-        self.blocks = blocks
+        self.blocks: Sequence[BlockContext] = blocks
         self.generator = torch.Generator().manual_seed(seed)
         self.cost, self.first_cost = current.cost, current.first_cost
         self._plan, self._feed, self._seed = current.plan, feed, seed
@@ -147,9 +147,8 @@ class Round:
 
     def _block(self, edit: StructuralEdit) -> int:
         """The block that carries an edit out: the first one that reads a tensor it concerns."""
-        names = (edit.name,)
         if isinstance(edit, KeepUnits):
-            names = tuple(member.name for member in self.groups[edit.group].members)
+            names = [member.name for member in self.groups[edit.group].members]
         else:
             index = block_of(self.plan.program, self.plan.blocks, edit.name)
             assert index is not None  # check_structural

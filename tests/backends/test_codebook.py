@@ -113,7 +113,9 @@ def test_every_form(case: tuple[Any, ...]) -> None:
     run()
 
 
-@pytest.mark.parametrize("isa", [isa for isa in (AVX2, PORTABLE) if isa.needs <= processor_flags()], ids=str)
+@pytest.mark.parametrize(
+    "isa", [isa for isa in (AVX2, PORTABLE) if isa.needs <= processor_flags()], ids=lambda isa: isa.name
+)
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
 def test_other_instruction_sets(case: tuple[Any, ...], isa: Isa) -> None:
     for rows, columns, tokens in [(1, 1, 1), (17, 70, 3), (33, 128, 9), (16, 100, 4)]:

@@ -94,6 +94,12 @@ def test_a_tied_table_is_stored_once(recipe: str, tmp_path: Path) -> None:
     assert all(p.kl is not None and p.kl < 0.005 for p in report.parity)
 
 
+def test_the_newest_opset(tmp_path: Path) -> None:
+    small = compressed(Classifier().eval(), "w4a16", IDS)
+    report = small.export_onnx(tmp_path / "m.onnx", example_inputs=IDS, opset=24)
+    assert report.opset == onnx.load(tmp_path / "m.onnx").opset_import[0].version == 24
+
+
 def test_convolutions_between_quantizers_run_as_integers(tmp_path: Path) -> None:
     model = enlivened(Pictures())
     small = compressed(model, STATIC, PICTURES)
@@ -101,6 +107,15 @@ def test_convolutions_between_quantizers_run_as_integers(tmp_path: Path) -> None
     assert report.kernels.get("QLinearConv", 0) >= 2, report
     assert "BatchNormalization" not in report.kernels
     assert max(p.relative for p in report.parity) < 0.02
+
+
+def test_products_of_matrices_with_a_bias_run_as_integers(tmp_path: Path) -> None:
+    rows = ROWS.flatten(0, 1)
+    report = compressed(Perceptron().eval(), STATIC, rows).export_onnx(
+        tmp_path / "m.onnx", example_inputs=rows
+    )
+    assert report.kernels["QGemm"] == 1, report
+    assert max(p.relative for p in report.parity) < 0.01
 
 
 class Normalised(nn.Module):

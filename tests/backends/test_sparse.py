@@ -17,6 +17,8 @@ from fxcompress.backends.cpu.native import ensure_kernel
 from fxcompress.backends.cpu.selection import this_machine
 from fxcompress.backends.cpu.sparse_form import SparseForm
 from fxcompress.backends.cpu.sparse_native import python_sparse_expand, python_sparse_linear
+from fxcompress.capture import capture_model
+from fxcompress.manager import run_recipe
 from fxcompress.passes._pruning import keep_groups
 from tests.engine.models import build, tokens
 
@@ -49,6 +51,18 @@ def test_the_layout_holds_the_weight(kind: str, rows: int, columns: int, turned:
     assert torch.equal(term.dense(torch.float32), parameter)
     if columns % 16 == 0:
         assert term.even == (kind in ("2:4", "4:8"))
+
+
+def test_zeros_among_what_is_kept_leave_words_even_and_sizes_equal() -> None:
+    dense = weight(32, 64, "2:4", torch.float32)
+    dense[3, dense[3].nonzero()[0]] = 0
+    term = sparse.row_bitmap(dense, (0, 1))
+    assert term.even
+    assert term.values.numel() == 32 * 64 // 2 + 16
+    assert torch.equal(term.dense(torch.float32), dense)
+    loose = sparse.row_bitmap(weight(64, 100, "0.2", torch.float32), (0, 1))
+    assert not loose.even
+    assert (loose.values.numel() - 16) % (64 * 100 // 64) == 0
 
 
 def test_half_the_entries_of_a_row_need_not_be_half_of_every_word() -> None:
@@ -138,6 +152,23 @@ def test_memory_is_that_of_the_entries_where_a_kernel_reads_them() -> None:
     dense_bytes = sum(row.bytes_before for row in made.report.rows) - sparse_bytes
     held = made.resident_bytes() - dense_bytes
     assert held <= (0.9 if HAS_KERNEL else 1.01) * sparse_bytes  # offsets weigh much in rows of 16 inputs
+
+
+def test_torch_compile_takes_packed_weights_and_refuses_edited_ones() -> None:
+    """Its graph reads the user's parameters, so an edit of them would be lost."""
+    model, x = Wide().eval(), torch.randn(2, 48)
+    pruned = {"prune-magnitude": {"pattern": "2:4"}}
+    options = {"recipe": [pruned, "pack-sparse"], "inner": "eager"}
+    with torch.no_grad():
+        y = torch.compile(model, backend="fxcompress", options=options)(x)
+        state = run_recipe(capture_model(model, (x,)), [pruned], verify="off").state
+        weights = {name: state.effective(name) for name in state.masks}
+        torch.testing.assert_close(y, torch.func.functional_call(model, weights, (x,)))
+        assert set(weights) == {"up.weight", "down.weight"}
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="the recipe edits it in place"):
+            torch.compile(model, backend="fxcompress", options={"recipe": [pruned], "inner": "eager"})(x)
+    torch._dynamo.reset()
 
 
 def test_what_pays_is_a_rule_over_densities() -> None:

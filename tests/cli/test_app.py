@@ -13,7 +13,7 @@ import fxcompress
 from fxcompress.cli import catalogue
 from tests.cli.conftest import Run
 
-COMMANDS = ("compress", "eval", "bench", "generate", "inspect", "list")
+COMMANDS = ("compress", "eval", "bench", "generate", "export", "inspect", "list")
 
 
 def test_help_names_every_command_and_the_exit_codes(run: Run) -> None:

@@ -129,6 +129,25 @@ def test_generate(run: Run, small_dir: Path, decoder_dir: Path) -> None:
     assert "unknown backend 'abacus'" in unknown.stderr
 
 
+def test_export(run: Run, small_dir: Path, decoder_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    done = run("export", small_dir, out, "--external-data", "yes", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["bytes"] == out.stat().st_size + (tmp_path / "model.onnx.data").stat().st_size
+    assert report["kernels"]["MatMulNBits"] > 0
+    assert all(parity["kl"] < 0.005 for parity in report["parity"])
+    for arguments, message in (
+        ((small_dir, out), "exists already"),
+        ((decoder_dir, tmp_path / "b.onnx"), "not a compressed model"),
+        ((small_dir, tmp_path / "b.onnx", "--opset", 9), "opset 9 cannot be written"),
+        ((small_dir, tmp_path / "b.onnx", "--external-data", "perhaps"), "expected yes, no or auto"),
+    ):
+        failed = run("export", *arguments)
+        assert failed.exit_code == 1
+        assert message in failed.stderr
+
+
 def test_eval_of_a_language_model(run: Run, small_dir: Path, decoder_dir: Path, text_file: Path) -> None:
     options = ("--text", text_file, "--length", 20, "--windows", 4, "--backend", "eager")
     done = run("eval", small_dir, *options, "--reference", decoder_dir, "--json")

@@ -118,11 +118,11 @@ def test_convolutions_compile() -> None:
 
 
 def test_on_the_real_model_the_metric_of_the_inputs_decides(smollm_small: Any, smollm_tokenizer: Any) -> None:
-    text = documentation_text("calibration")
-    ids = smollm_tokenizer(text, return_tensors="pt").input_ids[0, :768].reshape(3, 256)
+    text = documentation_text("calibration")[:4000]
+    ids = smollm_tokenizer(text, return_tensors="pt").input_ids[0, :256].reshape(2, 128)
     program = capture_model(smollm_small, (), {"input_ids": ids[:2, :32], "use_cache": False})
     data = as_calibration([{"input_ids": row[None], "use_cache": False} for row in ids], program)
-    only = {"keep": 0.8, "include": ["model.layers.0.*"]}
+    only = {"keep": 0.8, "include": ["model.layers.0.self_attn.*"]}
     lost = {
         name: run_recipe(program, [{name: only}], data, verify="end").report for name in ("svd", "svd-llm")
     }
