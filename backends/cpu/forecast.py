@@ -58,7 +58,7 @@ def forecast(
     caches = [form.cache for form in state.forms.values() if form.cache is not None]
     cached = [CachedAttentionForm.of(cache, DTYPES[dtype]) for cache in caches]
     read = [form for form in cached if form is not None]
-    found = [*wide, *([AttentionForm(DTYPES[dtype])] if attention else []), *narrow, *read]
+    found: list[AnyForm] = [*wide, *([AttentionForm(DTYPES[dtype])] if attention else []), *narrow, *read]
     return list(dict.fromkeys(found))
 
 
