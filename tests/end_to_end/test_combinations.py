@@ -1,4 +1,4 @@
-"""Methods of several kinds in one recipe: legal orders work and survive saving, others are refused by name."""
+"""Methods of several kinds in one recipe: legal orders work and survive saving, others are refused."""
 
 from __future__ import annotations
 
