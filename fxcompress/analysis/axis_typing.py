@@ -120,7 +120,7 @@ class AxisTyping:
         """Note a size in the arguments; values other than sizes (-1, inferred) are left alone."""
         if isinstance(value, int) and value == -1:
             return
-        if isinstance(value, int) and sum(self.axes.count(dim) for dim in terms) != value:
+        if isinstance(value, int) and sum(self.axes.size(dim) for dim in terms) != value:
             for dim in terms:
                 self.axes.freeze(dim, f"the {argument} {value} of {describe(node)} is not understood")
             return
