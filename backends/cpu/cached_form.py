@@ -94,6 +94,10 @@ class CachedAttentionForm:
             digest >>= width
         return form_number(self.kind, fields, self.input, self.output, isa)
 
+    def flags(self, isa: Isa) -> tuple[str, ...]:
+        """Compiler flags for the source of this form on ``isa``."""
+        return isa.flags
+
     def render(self, isa: Isa) -> str:
         """The kernel's C++ source."""
         return render_template("cached_attention.cpp.j2", form=self, isa=isa, nibble_table=False)
