@@ -127,14 +127,17 @@ def _fill(choices: Mapping[str, Sequence[Choice]], found: dict[str, Choice], lef
 
 
 def _lower_hull(points: Sequence[Choice]) -> list[Choice]:
-    """Choices on the lower convex hull by rising cost and falling loss."""
+    """Choices on the lower convex hull by rising cost and falling loss, those within its edges included.
+
+    Small steps can still be taken where the whole edge does not fit the budget.
+    """
     hull: list[Choice] = []
     for point in sorted(points, key=lambda p: (p.cost, p.loss)):
         if hull and point.loss >= hull[-1].loss:
             continue
         while len(hull) > 1:
             a, b = hull[-2], hull[-1]
-            if (a.loss - b.loss) * (point.cost - b.cost) > (b.loss - point.loss) * (b.cost - a.cost):
+            if (a.loss - b.loss) * (point.cost - b.cost) >= (b.loss - point.loss) * (b.cost - a.cost):
                 break
             hull.pop()
         hull.append(point)

@@ -11,6 +11,8 @@ computes the same function as the one it was made from and can be run in torch.
 
 from __future__ import annotations
 
+from torch import fx
+
 from fxcompress.apply import AppliedGraph
 from fxcompress.backends.onnx import activations, convolutions
 from fxcompress.backends.onnx.decoding import Decoding
@@ -47,7 +49,7 @@ def lower(applied: AppliedGraph, state: CompressionState, *, portable: bool) -> 
             name = applied.program.weight_of[node.name]
             constants.bind(node, name, applied.program.weights[name])
     lowered = Lowered(applied.module, constants, applied.program.inputs)
-    products = Products(lowered, dict(applied.dequantized), portable)
+    products = Products(lowered, {**_factors(applied), **applied.dequantized}, portable)
     products.run()
     for weight, text in convolutions.lower_quantized(graph, constants, products.packed_of).items():
         products.note(weight, text)
@@ -61,3 +63,14 @@ def lower(applied: AppliedGraph, state: CompressionState, *, portable: bool) -> 
     graph.lint()
     applied.module.recompile()
     return lowered
+
+
+def _factors(applied: AppliedGraph) -> dict[fx.Node, str]:
+    """What dequantizes a factor of a weight → the weight's name and which factor it is."""
+    found = {}
+    for node in applied.module.graph.nodes:
+        codes = node.args[0] if node.op == "call_function" and node.args else None
+        ref = applied.form_inputs.get(codes.name) if isinstance(codes, fx.Node) else None
+        if ref is not None and ref.path.endswith((".u.codes", ".v.codes")):
+            found[node] = f"{ref.name}.{ref.owner.path.rpartition('.')[2]}"
+    return found

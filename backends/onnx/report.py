@@ -42,7 +42,8 @@ class OnnxReport:
         accuracy_level: Of ``MatMulNBits``: 4 (activations in int8 blocks) or 1 (in float); None without it.
         parity: One entry per set of inputs.
         kernels: Operator → how many nodes of it ONNX Runtime ran, after its own optimization.
-        representation: Compressed parameter → the ONNX operators that compute with it.
+        representation: Compressed parameter → the ONNX operators that compute with it; a factor of one is
+            named by the parameter and ``.u`` or ``.v``.
         files: Everything that was written.
     """
 

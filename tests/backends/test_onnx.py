@@ -42,6 +42,14 @@ CASES: dict[str, tuple[Any, set[str], set[str]]] = {
     "fp8": ("fp8", {"DequantizeLinear", "Cast"}, set()),
     "fp8 static": ("fp8-static", {"DequantizeLinear", "Cast"}, {"QuantizeLinear"}),
     "clusters": ("w8a8-reorder", {"QuantizeLinear", "Gather"}, set()),
+    "factors": ("svd-llm-20", {"MatMul"}, {"MatMulNBits"}),
+    "int8 factors": ("svd-llm-20-w8a16", {"MatMulNBits"}, {"MatMul"}),
+    "factors of the error of int4": ("w4a16-eora", {"MatMulNBits"}, {"MatMul"}),
+    "factors, dynamic": (
+        [{"svd-llm": {"keep": 0.8}}, *weights(bits=8, group_size=0), "quantize-activations"],
+        {"MatMulInteger", "MatMulNBits"},  # what the first factor gives is not rounded again
+        {"MatMul"},
+    ),
     "outliers found in every call": ("w8a8-outlier-split", {"MatMulNBits", "Round"}, set()),
 }
 

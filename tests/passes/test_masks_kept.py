@@ -49,7 +49,11 @@ def test_every_pass_is_covered() -> None:
     assert rest >= {"gptq", "quantize-weights", "awq", "layer-distill", "pack-sparse", "dsnot"}
 
 
-REFUSED = {"allocate-sparsity", "permute-channels", "reorder-channels"}
+REFUSED = {
+    *("allocate-sparsity", "permute-channels", "reorder-channels"),
+    *("svd", "fwsvd", "asvd", "svd-llm", "lplr", "laser", "low-rank-residual"),  # fill the zeros
+    *("prune-channels", "remove-blocks"),  # the masks would be those of another model
+}
 LATER = sorted(set(BUILTIN_PASSES) - REFUSED)
 
 
@@ -80,8 +84,9 @@ def test_zeros_stay(name: str, pattern: str) -> None:
 def test_what_cannot_keep_them_is_refused_by_name(name: str) -> None:
     program, data = model()
     behind = {"pattern": "2:4"} if name == "permute-channels" else {"sparsity": 0.6}
+    given: Any = {name: {"amount": 0.3}} if name == "prune-channels" else name
     with pytest.raises(RecipeError, match=rf"{name}.*sparse-weights.*wanda|wanda.*sparse-weights.*{name}"):
-        run_recipe(program, ["wanda", name, {"sparsegpt": behind}], data)
+        run_recipe(program, ["wanda", given, {"sparsegpt": behind}], data)
 
 
 def test_solvers_move_errors_to_what_stays() -> None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fxcompress.errors import RecipeError
@@ -97,6 +97,7 @@ def test_allocation_fits_and_leaves_nothing_to_gain(raw: list[list[tuple[int, in
 @given(
     st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 20)
 )
+@example([[1, 2], [2, 2]], 2)  # a straight edge of which only a part fits
 def test_allocation_is_best_for_convex_losses(gains: list[list[int]], extra: int) -> None:
     choices = {}
     for i, row in enumerate(gains):
