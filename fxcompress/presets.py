@@ -202,6 +202,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kv4-kivi": {
         "summary": "4-bit key/value cache, keys per channel, 64 recent tokens exact; needs no data",
         "passes": [
+            {"quantize-kv-cache": {"bits": 4, "key_axis": "channel", "group_size": 64, "residual": 64}}
+        ],
+    },
+    "kv2-kivi": {
+        "summary": "2-bit key/value cache, keys per channel, 32 recent tokens exact; needs no data",
+        "passes": [
             {"quantize-kv-cache": {"bits": 2, "key_axis": "channel", "group_size": 32, "residual": 32}}
         ],
     },
