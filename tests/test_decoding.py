@@ -201,7 +201,7 @@ def test_a_cache_that_would_not_fit_is_left_to_grow(
     small = compressed("llama-tied-odd")
     options = {**prompt("llama-tied-odd"), "max_new_tokens": 4, "do_sample": False}
     with caplog.at_level(logging.INFO, logger="fxcompress.decoding"), monkeypatch.context() as patched:
-        patched.setattr("fxcompress.generation_cache.physical_memory", lambda: 1000)
+        patched.setattr("fxcompress.decoding_cache.physical_memory", lambda: 1000)
         found = small.generate(**options)
     assert "a cache for this length takes" in caplog.text
     assert torch.equal(found, small.generate(**options))
