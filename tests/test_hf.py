@@ -15,6 +15,7 @@ from fxcompress.artifact import Artifact, Identity, build_artifact
 from fxcompress.edits import CompressionState
 from fxcompress.errors import ArtifactError, BindingError, FxCompressError
 from fxcompress.hf import empty_model, identity_of, load_hf_model, load_tokenizer
+from fxcompress.structure.load import module_for
 from tests.zoo import SMOKE, ZOO, scores
 
 
@@ -55,7 +56,7 @@ def test_empty_model_is_the_same_but_for_its_parameters(name: str) -> None:
 
 def test_dtypes_come_from_the_artifact() -> None:
     model = ZOO["llama"].build().to(torch.bfloat16)
-    empty = empty_model(artifact_of(model))
+    empty = module_for(artifact_of(model), None)
     assert {p.dtype for p in empty.parameters()} == {torch.bfloat16}
     found = dict(empty.named_buffers())
     for name, buffer in model.named_buffers():
@@ -104,7 +105,7 @@ def test_other_configuration_is_seen() -> None:
     config["vocab_size"] = 99
     artifact.identity = Identity("transformers", artifact.identity.class_name, config)
     with pytest.raises(BindingError, match=r"\(99, .* expected"):
-        empty_model(artifact)
+        module_for(artifact, None)
 
 
 @pytest.mark.parametrize("name", sorted({"llama-tied-odd", "bert", "t5", "distilbert-classifier", "vit"}))

@@ -299,11 +299,7 @@ class LoweringInterpreter(fx.Interpreter):
             lowered = other.lower(n, self._argument, self.isa)
             if lowered is not None:
                 return lowered
-        if (
-            n.target in (*DEQUANTIZE, *_REARRANGE)
-            and n.users
-            and all(self._only_planned(user) for user in n.users)
-        ):
+        if _is_weight(n) and n.users and all(self._only_planned(user) for user in n.users):
             return None
         return super().run_node(n)
 
@@ -366,6 +362,13 @@ class LoweringInterpreter(fx.Interpreter):
         value = self.env[node]
         assert isinstance(value, Tensor)
         return value
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a node dequantizes a weight, or only turns one; activations are turned, too."""
+    while node.target in _REARRANGE and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.target in DEQUANTIZE
 
 
 def _rows(node: fx.Node) -> int:

@@ -24,6 +24,7 @@ class KeepFirst(StructuralPass):
     times: int = 1
 
     name: ClassVar[str] = "keep-first"
+    summary: ClassVar[str] = "keeps the first units"
     chosen: ClassVar[list[int]] = []
 
     @property
@@ -47,6 +48,7 @@ class DropBlocks(StructuralPass):
     which: tuple[int, ...] = (0,)
 
     name: ClassVar[str] = "drop-blocks"
+    summary: ClassVar[str] = "removes blocks"
 
     def choose(self, model: ModelContext) -> Iterator[StructuralEdit | Refuse]:
         able = [block for block in model.blocks if not model.cannot_remove(block.index)]
@@ -60,6 +62,7 @@ class Halve(KeepFirst):
     """Keeps the first half, and doubles what reads it: a value edit that must survive the cut."""
 
     name: ClassVar[str] = "halve-and-double"
+    summary: ClassVar[str] = "keeps the first half, doubled"
 
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         for decision in block.decisions:
