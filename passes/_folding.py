@@ -7,10 +7,27 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from fxcompress.analysis.permutation import PermutationGroup
+from fxcompress.analysis.site_types import SiteKind
 from fxcompress.edits import Edit, SetTensor, SetTransform
 from fxcompress.forms import Permute
 from fxcompress.pass_base import BlockContext
-from fxcompress.passes._selection import Candidate, SelectivePass
+from fxcompress.passes._selection import Candidate, Role, SelectivePass
+
+
+def unsuitable(one: SelectivePass, block: BlockContext, candidate: Candidate) -> str | None:
+    """Why the input channels of a weight cannot have an order of their own; None when they can."""
+    reason = one.unselected(block.program, candidate.name)
+    if reason is not None:
+        return reason
+    if candidate.role is not Role.MATRIX:
+        return f"{candidate.role.value}: its input keeps its order"
+    if candidate.primary.kind is SiteKind.OTHER:
+        return candidate.primary.reason or "no use of it is a product"
+    if candidate.primary.kind is not SiteKind.LINEAR:
+        return f"channels of linear layers only are reordered, this is {candidate.primary.kind.value}"
+    if len(candidate.uses) > 1:
+        return "used at several places, which one order cannot serve"
+    return "its channels are in clusters already" if block.state.form(candidate.name).clusters else None
 
 
 def unfoldable(

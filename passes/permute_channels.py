@@ -20,18 +20,18 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.permutation import PermutationGroup, find_permutation_group
-from fxcompress.analysis.site_types import Site, SiteKind
+from fxcompress.analysis.site_types import Site
 from fxcompress.analysis.sites import find_sites
 from fxcompress.edits import Edit, Refuse
 from fxcompress.errors import RecipeError
 from fxcompress.pass_base import BlockContext, Pass
 from fxcompress.passes._entropy import channel_entropy, entropy_scores
-from fxcompress.passes._folding import gathered, unfoldable
+from fxcompress.passes._folding import gathered, unfoldable, unsuitable
 from fxcompress.passes._inside import nodes_inside
 from fxcompress.passes._moments import diagonal_moments
 from fxcompress.passes._pruning import PruningPass, parse_pattern
 from fxcompress.passes._scores import magnitude_scores, wanda_scores
-from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates
+from fxcompress.passes._selection import Candidate, SelectivePass, candidates
 from fxcompress.passes._shuffling import best_order, retained
 
 _ROWS = 1024  # of a family's scores that an order is judged on
@@ -206,20 +206,9 @@ class PermuteChannels(SelectivePass):
         return ""
 
     def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
-        reason = self.unselected(block.program, candidate.name)
-        form = block.state.form(candidate.name)
+        reason = unsuitable(self, block, candidate)
         if reason is not None:
             return reason
-        if candidate.role is not Role.MATRIX:
-            return f"{candidate.role.value}: its input keeps its order"
-        if candidate.primary.kind is SiteKind.OTHER:
-            return candidate.primary.reason or "no use of it is a product"
-        if candidate.primary.kind is not SiteKind.LINEAR:
-            return f"channels of linear layers only are reordered, this is {candidate.primary.kind.value}"
-        if len(candidate.uses) > 1:
-            return "used at several places, which one order cannot serve"
-        if form.clusters:
-            return "its channels are in clusters"
         width, m = candidate.primary.layout.matrix_shape[2], self.groups[1]
         if width % m or width == m:
             return f"its {width} inputs are no several groups of {m}"

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.permutation import PermutationGroup, find_permutation_group
-from fxcompress.analysis.site_types import Site, SiteKind
+from fxcompress.analysis.site_types import Site
 from fxcompress.analysis.sites import find_sites
 from fxcompress.edits import Edit, Refuse, SetTransform
 from fxcompress.errors import RecipeError
 from fxcompress.pass_base import BlockContext, Statistics
 from fxcompress.passes._clusters import cluster
-from fxcompress.passes._folding import gathered, unfoldable
+from fxcompress.passes._folding import gathered, unfoldable, unsuitable
 from fxcompress.passes._inside import nodes_inside
-from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates
+from fxcompress.passes._selection import Candidate, SelectivePass, candidates
 
 
 @dataclass(frozen=True)
@@ -154,23 +154,11 @@ class ReorderChannels(SelectivePass):
         return ""
 
     def _unsuitable(self, block: BlockContext, candidate: Candidate) -> str | None:
-        reason = self.unselected(block.program, candidate.name)
+        reason = unsuitable(self, block, candidate)
         form = block.state.form(candidate.name)
-        if reason is not None:
-            return reason
-        if candidate.role is not Role.MATRIX:
-            return f"{candidate.role.value}: its input keeps its order"
-        if candidate.primary.kind is SiteKind.OTHER:
-            return candidate.primary.reason or "no use of it is a product"
-        if candidate.primary.kind is not SiteKind.LINEAR:
-            return f"channels of linear layers only are reordered, this is {candidate.primary.kind.value}"
-        if len(candidate.uses) > 1:
-            return "used at several places, which one order cannot serve"
-        if form.clusters:
-            return "its channels are in clusters already"
-        if form.terms or form.activation is not None:
+        if reason is None and (form.terms or form.activation is not None):
             return "it is quantized already"
-        return None
+        return reason
 
 
 def _runs(labels: Tensor) -> tuple[int, ...]:

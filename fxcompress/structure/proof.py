@@ -123,7 +123,7 @@ def cache_shapes(module: Any, ids: Tensor) -> tuple[tuple[int, int], ...]:
         return ()
     try:
         cache = _generate(module, ids, use_cache=True).past_key_values
-    except Exception:
+    except Exception:  # what cannot generate keeps no cache; `generation_differs` judges whether it may
         return ()
     keys = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
     if not keys or not all(isinstance(key, Tensor) and key.dim() == 4 for key in keys):
