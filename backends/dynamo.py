@@ -62,7 +62,7 @@ class CompressingBackend:
             program = program_from_dynamo(module, example_inputs)
             store = self._store_for(program)
             packs = torch.ops.fxcompress.update_cache.default
-            if not any(store.state.is_compressed(name) for name in program.weight_of.values()) and not any(
+            if not any(store.state.rewrites(name) for name in program.weight_of.values()) and not any(
                 node.target is packs for node in program.graph.nodes
             ):
                 return self._plain(program, module, example_inputs)

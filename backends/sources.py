@@ -15,7 +15,7 @@ from fxcompress.backends.executable import version_of
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BindingError, RecipeError
-from fxcompress.ghost import ghost_tag
+from fxcompress.ghost import dense_tag, ghost_tag
 from fxcompress.manager import run_recipe
 from fxcompress.recipe import Recipe
 from fxcompress.store import WeightStore
@@ -38,9 +38,9 @@ class GhostSource:
         names: dict[str, str] = {}
         owners: list[WeightStore] = []
         for name, tensor in program.weights.items():
-            tag = ghost_tag(tensor)
+            tag = ghost_tag(tensor) or dense_tag(tensor)
             if tag is None:
-                if name in self._store.state.forms:  # a dense parameter took the ghost's place
+                if name in self._store.state.forms:  # another parameter took its place
                     names[name] = f"assigned:{name}"
                 continue
             names[name] = tag.name

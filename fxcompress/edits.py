@@ -120,6 +120,12 @@ class CompressionState:
         """Whether weight terms replaced ``name``."""
         return name in self.forms and bool(self.forms[name].terms)
 
+    def rewrites(self, name: str) -> bool:
+        """Whether the form of ``name`` changes the graphs it is in; that of a cache alone does not."""
+        form = self.form(name)
+        inputs = form.transform_in or form.transform_out or form.activation is not None
+        return bool(form.terms or inputs or form.bias is not None or form.edges)
+
     def form(self, name: str) -> SiteForm:
         """The form of ``name`` (empty when untouched)."""
         return self.forms.get(name, SiteForm())

@@ -19,7 +19,7 @@ from fxcompress.errors import WeightError
 
 @dataclass(frozen=True, eq=False)
 class GhostTag:
-    """What a ghost stands for: parameter ``name`` of the compressed model ``owner``."""
+    """Which parameter of the compressed model ``owner`` this is, or stands for: ``name``."""
 
     owner: object
     name: str
@@ -42,6 +42,11 @@ def make_ghost(like: Tensor, owner: object, name: str) -> nn.Parameter:
 def ghost_tag(tensor: object) -> GhostTag | None:
     """The tag of a ghost, or None for anything else."""
     return getattr(tensor, "_fxcompress_tag", None)
+
+
+def dense_tag(tensor: object) -> GhostTag | None:
+    """The tag of a parameter that a compressed model kept dense, or None for anything else."""
+    return getattr(tensor, "_fxcompress_dense", None)
 
 
 def contains_ghosts(module: nn.Module) -> bool:
@@ -70,7 +75,9 @@ def ghost_copy(
             memo[id(parameter)] = make_ghost(parameter, owner, name)
         else:
             value = replacements.get(name, parameter.detach())
-            memo[id(parameter)] = nn.Parameter(value.detach(), requires_grad=False)
+            dense = nn.Parameter(value.detach(), requires_grad=False)
+            dense._fxcompress_dense = GhostTag(owner, name)  # type: ignore[attr-defined]
+            memo[id(parameter)] = dense
     clone = copy.deepcopy(module, memo)
     clone.eval()
     return clone
