@@ -15,7 +15,7 @@ from fxcompress.backends.cpu.roofline import KernelUse, measure_kernels
 from fxcompress.backends.cpu.sparse import executable_store, noted
 from fxcompress.backends.executable import Executable
 from fxcompress.backends.regions import RegionCompiler
-from fxcompress.backends.sources import GhostSource, source_from_options
+from fxcompress.backends.sources import GhostSource, OwnFormsFirst, source_from_options
 from fxcompress.capture.dynamo import program_from_dynamo
 from fxcompress.capture.program import Program
 from fxcompress.compat import runs_alone
@@ -200,6 +200,8 @@ def fxcompress_backend(
             ``artifact``: directory of a saved compression;
             ``inner``: ``"inductor"`` (default) or ``"eager"``.
 
+    A compressed model is compiled with the forms it has; then options name neither.
+
     Raises:
         BackendError: unknown option, or both ``recipe`` and ``artifact``.
     """
@@ -211,7 +213,8 @@ def fxcompress_backend(
         )
     if "recipe" in options and "artifact" in options:
         raise BackendError("options 'recipe' and 'artifact' exclude each other.", fix="give one of them.")
-    backend = CompressingBackend(source_from_options(options), options.get("inner", "inductor"))
+    source = OwnFormsFirst(source_from_options(options), asked=bool({"recipe", "artifact"} & set(options)))
+    backend = CompressingBackend(source, options.get("inner", "inductor"))
     return backend(module, example_inputs)
 
 

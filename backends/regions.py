@@ -15,12 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxcompress.analysis.blocks import Block, find_blocks
 from fxcompress.apply import AppliedGraph
 from fxcompress.backends.cpu import sparse
+from fxcompress.backends.cpu.epilogues import FusedProduct
 from fxcompress.backends.cpu.experts import weight_of_experts
 from fxcompress.backends.cpu.kernel_types import LinearSpec
-from fxcompress.backends.cpu.lowering import (
+from fxcompress.backends.cpu.layouts import Layout
+from fxcompress.backends.cpu.lowering import LoweringInterpreter
+from fxcompress.backends.cpu.planning import (
     DEQUANTIZE,
     EMBEDDINGS,
-    LoweringInterpreter,
     PackedInput,
     Plan,
     make_plan,
@@ -59,7 +61,7 @@ class _Compiled:
     kept: tuple[int, ...]  # which block inputs it takes
     packed: tuple[PackedInput, ...]
     symbols: tuple[sympy.Symbol, ...]
-    specs: dict[tuple[int, ...], LinearSpec]  # by the positions of the codes
+    specs: dict[tuple[int, ...], tuple[LinearSpec, Layout]]  # by the positions of the codes
     choices: dict[int, str]  # by the place of a linear in the block
 
 
@@ -93,14 +95,14 @@ class RegionCompiler:
         key = repr((block.structure, len(inputs), [[place[node] for node in group] for group in siblings]))
         symbols = _symbols(inputs)
         if key not in self.cache:
-            plan = make_plan(block.nodes, inputs, siblings, self._term)
+            plan = make_plan(block.nodes, inputs, siblings, self._term, block.outputs)
             self.cache[key] = self._compile(block, inputs, plan, symbols, mode)
         compiled = self.cache[key]
         self._explain(block, compiled)
         _unify(compiled.symbols, symbols, mode)
         self.uses += [
-            KernelUse(compiled.specs[position], tuple(self._term(inputs[p]) for p in position))
-            for position in compiled.specs
+            KernelUse(spec, tuple(self._term(inputs[p]) for p in position), layout)
+            for position, (spec, layout) in compiled.specs.items()
         ]
         packed = tuple(
             (item, tuple(self._term(inputs[position]) for position in item.positions))
@@ -178,7 +180,7 @@ class RegionCompiler:
             kept, used = _drop_unused_inputs(lowered, len(inputs), scalars)
             function = self.compiler(lowered, [fakes[index] for index in kept + used])
         specs = {
-            tuple(plan.codes[member] for member in group): plan.specs[first]
+            tuple(plan.codes[member] for member in group): (plan.specs[first], plan.layouts[first])
             for first, group in plan.groups.items()
         }
         taken = tuple(keys[index - len(inputs)] for index in used)
@@ -228,6 +230,16 @@ def translate(plan: Plan, node_map: Mapping[fx.Node, fx.Node]) -> Plan:
         specs={node_map[node]: spec for node, spec in plan.specs.items()},
         embeddings={node_map[node]: position for node, position in plan.embeddings.items()},
         experts={node_map[node]: experts for node, experts in plan.experts.items()},
+        fused={
+            node_map[node]: FusedProduct(
+                node_map[product.first],
+                product.epilogue,
+                None if product.residual is None else node_map[product.residual],
+            )
+            for node, product in plan.fused.items()
+        },
+        layouts={node_map[node]: layout for node, layout in plan.layouts.items()},
+        absorbed={node_map[node] for node in plan.absorbed},
     )
 
 

@@ -54,6 +54,36 @@ class GhostSource:
         return owners[0] if owners else self._store
 
 
+class OwnFormsFirst:
+    """Another source, except for the weights of a compressed model, which have forms already.
+
+    Args:
+        otherwise: For all other weights.
+        asked: Whether a recipe or an artifact was asked for, which a compressed model cannot take.
+    """
+
+    def __init__(self, otherwise: ArtifactSource | RecipeSource, *, asked: bool) -> None:
+        self.otherwise = otherwise
+        self.asked = asked
+
+    def store(self, program: Program) -> WeightStore:
+        """The store of the compressed model that owns the weights, else the other source's.
+
+        Raises:
+            BindingError: forms were asked for, or weights of several models are in one graph.
+        """
+        tags = (ghost_tag(tensor) or dense_tag(tensor) for tensor in program.weights.values())
+        owners = (tag.owner for tag in tags if tag is not None)
+        owner = next((owner for owner in owners if isinstance(owner, WeightStore)), None)
+        if owner is None:
+            return self.otherwise.store(program)
+        if self.asked:
+            raise BindingError(
+                "these weights belong to a compressed model already.", fix="compile it without options."
+            )
+        return GhostSource(owner).store(program)
+
+
 class ArtifactSource:
     """Forms of a saved artifact, for the uncompressed model it was made from.
 

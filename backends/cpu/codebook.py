@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fxcompress.backends.cpu.codebook_form import ROWS, CodebookForm
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel
+from fxcompress.backends.cpu.epilogues import PLAIN, Epilogue
+from fxcompress.backends.cpu.generated import product_with
 from fxcompress.backends.cpu.generator import DTYPES
 from fxcompress.backends.cpu.isa import Isa
 from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
@@ -131,12 +133,30 @@ class CodebookLinear(Kernel):
         bias: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Kernel.run`. A table has no integer product: what codes stand for is multiplied."""
-        y: Tensor = torch.ops.fxcompress_cpu.linear(
-            *(x, packed["weight"], packed["scale"], None, packed["total"]),
+        return self.run_with(PLAIN, x, quantized, packed, spec, bias, None)
+
+    def layout_with(self, epilogue: Epilogue) -> Layout | None:
+        """See :meth:`Kernel.layout_with`."""
+        return None if epilogue.gated else self.layout
+
+    def run_with(
+        self,
+        epilogue: Epilogue,
+        x: Tensor,
+        quantized: QuantizedInput | None,
+        packed: dict[str, Tensor],
+        spec: LinearSpec,
+        bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """See :meth:`Kernel.run_with`."""
+        group = table_group(spec.group_size, spec.columns)
+        operands = (
+            *(packed["weight"], packed["scale"], None, packed["total"]),
             *(None if bias is None else bias.to(torch.float32), None, None),
-            codebook_form(spec).call_number(self.isa, table_group(spec.group_size, spec.columns)),
+            codebook_form(spec).call_number(self.isa, group, epilogue.code),
         )
-        return y
+        return product_with(x, residual, operands)
 
 
 class CodebookDense(Kernel):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fxcompress.backends.cpu.generator import (
     DTYPES,
-    GROUP_SHIFT,
+    call_number,
     form_number,
     render_template,
 )
@@ -65,9 +65,9 @@ class CodebookForm:
             self.kind, (self.bits, self.per_row, self.grouped, 0, 0), self.input, self.output, isa
         )
 
-    def call_number(self, isa: Isa, group: int) -> int:
+    def call_number(self, isa: Isa, group: int, epilogue: int = 0) -> int:
         """See :meth:`KernelForm.call_number`."""
-        return group << GROUP_SHIFT | self.number(isa)
+        return call_number(self.number(isa), group, epilogue)
 
     def flags(self, isa: Isa) -> tuple[str, ...]:
         """Compiler flags for the source of this form on ``isa``."""

@@ -7,11 +7,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fxcompress.backends.cpu.epilogues import PLAIN, Epilogue
 from fxcompress.backends.cpu.generator import DTYPES, KernelForm
 from fxcompress.backends.cpu.isa import Isa
 from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.layouts import Layout
 from fxcompress.backends.cpu.native import ensure_kernel
-from fxcompress.backends.cpu.tiled import TiledLayout, kernel_group, tiled_layout
+from fxcompress.backends.cpu.tiled import TiledLayout, gated_layout, kernel_group, tiled_layout
 
 
 class GeneratedLinear(Kernel):
@@ -57,9 +59,27 @@ class GeneratedLinear(Kernel):
         bias: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Kernel.run`."""
+        return self.run_with(PLAIN, x, quantized, packed, spec, bias, None)
+
+    def layout_with(self, epilogue: Epilogue) -> Layout | None:
+        """See :meth:`Kernel.layout_with`."""
+        return gated_layout(self.isa, epilogue.gate_last) if epilogue.gated else self.layout
+
+    def run_with(
+        self,
+        epilogue: Epilogue,
+        x: Tensor,
+        quantized: QuantizedInput | None,
+        packed: dict[str, Tensor],
+        spec: LinearSpec,
+        bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """See :meth:`Kernel.run_with`."""
         static = quantized is not None and spec.activation == "static"
-        y: Tensor = torch.ops.fxcompress_cpu.linear(
-            x if quantized is None else quantized.source,
+        group = kernel_group(spec.group_size, spec.columns)
+        number = self.form(spec).call_number(self.isa, group, epilogue.code)
+        operands = (
             packed["weight"],
             packed["scale"],
             packed.get("zero"),
@@ -67,9 +87,16 @@ class GeneratedLinear(Kernel):
             None if bias is None else bias.to(torch.float32),
             quantized.scale.to(torch.float32) if static and quantized is not None else None,
             quantized.zero if static and quantized is not None else None,
-            self.form(spec).call_number(self.isa, kernel_group(spec.group_size, spec.columns)),
+            number,
         )
-        return y
+        return product_with(x if quantized is None else quantized.source, residual, operands)
+
+
+def product_with(x: Tensor, residual: Tensor | None, operands: tuple[Tensor | int | None, ...]) -> Tensor:
+    """The operator call of a product, with or without a residual."""
+    ops = torch.ops.fxcompress_cpu
+    y: Tensor = ops.linear(x, *operands) if residual is None else ops.linear_residual(x, residual, *operands)
+    return y
 
 
 class GeneratedBfloat16(GeneratedLinear):

@@ -15,7 +15,7 @@ from fxcompress.errors import BackendError
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Raised whenever ``templates/*arguments.j2`` or the meaning of the packed tensors changes."""
 
 DTYPES: dict[torch.dtype, str] = {
@@ -26,6 +26,8 @@ DTYPES: dict[torch.dtype, str] = {
 MANY_ROWS = 16
 """Activation rows from which a machine with bfloat16 products uses them."""
 GROUP_SHIFT = 34  # bits of a kernel number
+EPILOGUE_SHIFT = 58  # of a kernel number and a group size
+GATED = 8  # see epilogues.py
 OUTPUT_SHIFT = 12  # where the output's dtype lies in it
 _WEIGHT_KINDS = ("linear", "embedding", "dense", "linear-bfloat16")
 _KINDS = (*_WEIGHT_KINDS, "attention", "codebook-linear", "codebook-rows", "cached", "sparse")
@@ -111,12 +113,12 @@ class KernelForm:
         """Compiler flags for the source of this form on ``isa``."""
         return (*isa.flags, *isa.bfloat16_flags) if self.kind == "linear-bfloat16" else isa.flags
 
-    def call_number(self, isa: Isa, group: int) -> int:
-        """What operators take as ``form``: the kernel's number, and the group size in the bits above.
+    def call_number(self, isa: Isa, group: int, epilogue: int = 0) -> int:
+        """What operators take as ``form``: the kernel's number; group size and epilogue in the bits above.
 
         One integer, because torch's dispatcher takes most of a microsecond for every integer argument.
         """
-        return group << GROUP_SHIFT | self.number(isa)
+        return call_number(self.number(isa), group, epilogue)
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,26 @@ def form_number(kind: str, weight: Sequence[int], input_dtype: str, output_dtype
     for value, width in zip((*fields, isa.code, ABI_VERSION), widths, strict=True):
         number = number << width | int(value)
     return number
+
+
+def call_number(kernel: int, group: int, epilogue: int = 0) -> int:
+    """See :meth:`KernelForm.call_number`."""
+    return epilogue << EPILOGUE_SHIFT | group << GROUP_SHIFT | kernel
+
+
+def group_of(number: int) -> int:
+    """The group size in an operator's ``form``."""
+    return number >> GROUP_SHIFT & ((1 << EPILOGUE_SHIFT - GROUP_SHIFT) - 1)
+
+
+def epilogue_of(number: int) -> int:
+    """The epilogue in an operator's ``form`` (see ``epilogues.py``)."""
+    return number >> EPILOGUE_SHIFT
+
+
+def outputs_of(number: int, rows: int) -> int:
+    """Columns of the result of a product with a weight of ``rows`` rows."""
+    return rows // 2 if epilogue_of(number) & GATED else rows
 
 
 def output_dtype(number: int) -> torch.dtype:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxcompress.backends.cpu.epilogues import Epilogue
 from fxcompress.backends.cpu.generator import MANY_ROWS
 from fxcompress.backends.cpu.layouts import Layout
 
@@ -91,6 +92,23 @@ class Kernel(abc.ABC):
         """The product plus ``bias: [rows]``; kernels that add it themselves override this."""
         y = self.product(x, quantized, packed, spec)
         return y if bias is None else y + bias
+
+    def layout_with(self, epilogue: Epilogue) -> Layout | None:
+        """The layout that the kernel reads with an epilogue, or None where it takes none such."""
+        return None
+
+    def run_with(
+        self,
+        epilogue: Epilogue,
+        x: Tensor,
+        quantized: QuantizedInput | None,
+        packed: dict[str, Tensor],
+        spec: LinearSpec,
+        bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """:meth:`run` and what follows it; ``packed`` and ``bias`` lie as :meth:`layout_with` says."""
+        raise NotImplementedError(f"{self.name} takes no epilogue")
 
     def describe(self, spec: LinearSpec) -> str:
         """What ``explain()`` says of a site."""

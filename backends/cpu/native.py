@@ -1,6 +1,7 @@
 """The operators ``fxcompress_cpu::*``: generated kernels as torch sees them.
 
-    fxcompress_cpu::linear     product of [..., K] activations with a tiled weight
+    fxcompress_cpu::linear     product of [..., K] activations with a tiled weight, and what follows it
+    fxcompress_cpu::linear_residual  the same, plus a tensor like the result
     fxcompress_cpu::experts    products of consecutive rows with a tiled weight each
     fxcompress_cpu::embedding  rows of a tiled table
     fxcompress_cpu::dense      a tiled weight dequantized, [K, rows]
@@ -28,10 +29,15 @@ from torch import Tensor
 
 from fxcompress.backends.cpu.generator import (
     ABI_VERSION,
+    EPILOGUE_SHIFT,
+    GATED,
     GROUP_SHIFT,
     OUTPUT_SHIFT,
     AnyForm,
+    epilogue_of,
+    group_of,
     output_dtype,
+    outputs_of,
     render_template,
 )
 from fxcompress.backends.cpu.isa import Isa
@@ -63,7 +69,9 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "total", "bias")),
         *((name, ctypes.c_void_p) for name in ("act_scale", "act_zero", "out")),
-        *((name, ctypes.c_int64) for name in ("x_stride", "m", "n", "k", "group", "threads")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "m", "n", "k", "group", "threads", "epilogue")),
+        ("residual", ctypes.c_void_p),
+        ("residual_stride", ctypes.c_int64),
     ]
 
 
@@ -200,7 +208,8 @@ def _register_function() -> Callable[[int, ctypes.c_void_p], None] | None:
 def _operators() -> tuple[str, list[str]]:
     """Source and flags of the C++ operators."""
     root = Path(torch.__file__).parent
-    source = render_template("shim.cpp.j2", group_shift=GROUP_SHIFT, output_shift=OUTPUT_SHIFT)
+    shifts = {"group_shift": GROUP_SHIFT, "epilogue_shift": EPILOGUE_SHIFT, "output_shift": OUTPUT_SHIFT}
+    source = render_template("shim.cpp.j2", gated=GATED, **shifts)
     return source, [
         f"-I{root / 'include'}",
         f"-L{root / 'lib'}",
@@ -222,14 +231,46 @@ def python_linear(
     form: int,
 ) -> Tensor:
     """``fxcompress_cpu::linear`` through ctypes."""
-    rows, columns = total.shape[0], x.shape[-1]
-    flat = x.reshape(-1, columns)
-    if columns > 1 and flat.stride(1) != 1:
-        flat = flat.contiguous()
-    out = x.new_empty((*x.shape[:-1], rows), dtype=output_dtype(form))
-    operands = (flat, weight, scale, zero, total, bias, act_scale, act_zero, out)
-    _call(form, operands, flat.stride(0), flat.shape[0], rows, columns)
+    return _python_product(x, None, (weight, scale, zero, total, bias, act_scale, act_zero), form)
+
+
+def python_linear_residual(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    total: Tensor,
+    bias: Tensor | None,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    form: int,
+) -> Tensor:
+    """``fxcompress_cpu::linear_residual`` through ctypes."""
+    return _python_product(x, residual, (weight, scale, zero, total, bias, act_scale, act_zero), form)
+
+
+def _python_product(
+    x: Tensor, residual: Tensor | None, operands: tuple[Tensor | None, ...], form: int
+) -> Tensor:
+    total = operands[3]
+    assert total is not None
+    flat = _rows(x)
+    out = x.new_empty((*x.shape[:-1], outputs_of(form, total.shape[0])), dtype=output_dtype(form))
+    added = None
+    if residual is not None:
+        if residual.shape != out.shape:
+            raise RuntimeError("fxcompress: a residual of another shape than the product")
+        added = _rows(residual)
+    sizes = (flat.stride(0), flat.shape[0], total.shape[0], flat.shape[1])
+    _call(form, (flat, *operands, out), *sizes, residual=added)
     return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., K]`` as a matrix whose rows are contiguous."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat.contiguous() if flat.shape[1] > 1 and flat.stride(1) != 1 else flat
 
 
 def python_experts(
@@ -313,6 +354,7 @@ def attention_arguments(
 
 _PYTHON: dict[str, Callable[..., Tensor]] = {
     "linear": python_linear,
+    "linear_residual": python_linear_residual,
     "experts": python_experts,
     "embedding": python_embedding,
     "dense": python_dense,
@@ -322,11 +364,19 @@ _PYTHON: dict[str, Callable[..., Tensor]] = {
 
 
 def _call(
-    form: int, operands: tuple[Tensor | None, ...], stride: int, tokens: int, rows: int, columns: int
+    form: int,
+    operands: tuple[Tensor | None, ...],
+    stride: int,
+    tokens: int,
+    rows: int,
+    columns: int,
+    residual: Tensor | None = None,
 ) -> None:
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in operands]
-    group, threads = form >> GROUP_SHIFT, torch.get_num_threads()
-    arguments = Arguments(*pointers, stride, tokens, rows, columns, group, threads)
+    options = group_of(form), torch.get_num_threads(), epilogue_of(form)
+    arguments = Arguments(*pointers, stride, tokens, rows, columns, *options)
+    if residual is not None:
+        arguments.residual, arguments.residual_stride = residual.data_ptr(), residual.stride(0)
     library_of(form).fx_run(ctypes.byref(arguments))
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxcompress.backends.cpu.generator import output_dtype
+from fxcompress.backends.cpu.generator import output_dtype, outputs_of
 from fxcompress.backends.cpu.sparse_native import FAKES, SCHEMAS
 
 LIBRARY = torch.library.Library("fxcompress_cpu", "DEF")
 _SCHEMAS = (
     "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor total, Tensor? bias,"
     " Tensor? act_scale, Tensor? act_zero, int form) -> Tensor",
+    "linear_residual(Tensor x, Tensor residual, Tensor weight, Tensor scale, Tensor? zero, Tensor total,"
+    " Tensor? bias, Tensor? act_scale, Tensor? act_zero, int form) -> Tensor",
     "experts(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor total, Tensor ends,"
     " Tensor? act_scale, Tensor? act_zero, int form) -> Tensor",
     "embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero, Tensor total, int columns,"
@@ -38,7 +41,16 @@ def _fake_linear(
     act_zero: Tensor | None,
     form: int,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], total.shape[0]), dtype=output_dtype(form))
+    return x.new_empty((*x.shape[:-1], outputs_of(form, total.shape[0])), dtype=output_dtype(form))
+
+
+def _fake_linear_residual(
+    x: Tensor,  # [..., K]
+    residual: Tensor,  # [..., N]
+    *rest: Any,
+) -> Tensor:
+    result: Tensor = _fake_linear(x, *rest)
+    return result
 
 
 def _fake_experts(
@@ -87,6 +99,7 @@ def _fake_attend(
 
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "linear": _fake_linear,
+    "linear_residual": _fake_linear_residual,
     "experts": _fake_experts,
     "embedding": _fake_embedding,
     "dense": _fake_dense,

@@ -56,8 +56,9 @@ class TiledLayout(Layout):
     def pack(self, terms: Sequence[QuantizedWeight]) -> dict[str, Tensor]:
         """See :meth:`Layout.pack`."""
         first = terms[0]
-        codes = torch.cat([codes_matrix(term) for term in terms])  # [N, K] uint8
-        scale, zero = (torch.cat(parts) for parts in zip(*map(row_parameters, terms), strict=True))
+        codes = self.arrange(torch.cat([codes_matrix(term) for term in terms]))  # [N, K] uint8
+        parameters = (torch.cat(parts) for parts in zip(*map(row_parameters, terms), strict=True))
+        scale, zero = map(self.arrange, parameters)
         rows, columns = codes.shape
         group = kernel_group(first.group_size, columns)
         groups = -(-columns // group)
@@ -70,11 +71,47 @@ class TiledLayout(Layout):
         packed["total"] = _row_totals(codes, scale, zero, group)
         return packed
 
+    def arrange(self, rows: Tensor) -> Tensor:
+        """Values of every row in the order of the blocks."""
+        return rows
+
     def _per_block(self, values: Tensor) -> Tensor:
         """``[N, G]`` to ``[B, G, block]``."""
         padded = F.pad(values, (0, 0, 0, -values.shape[0] % self.isa.block))
         blocks: Tensor = padded.unflatten(0, (-1, self.isa.block))
         return blocks.transpose(1, 2).contiguous()
+
+
+class GatedLayout(TiledLayout):
+    """Every block holds a vector of gates and the vector of outputs that they multiply.
+
+    The terms' rows, together, are the gates and the others, of equal number: a multiple of ``lanes`` each.
+
+    Args:
+        isa: The instruction set.
+        gate_last: Whether the gates are the second half of the rows.
+    """
+
+    def __init__(self, isa: Isa, gate_last: bool) -> None:
+        super().__init__(isa)
+        self.gate_last = gate_last
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """See :class:`Layout`."""
+        return f"tiled-{self.isa.lanes}-gate-{'last' if self.gate_last else 'first'}"
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        """Values of every row ``[2·I, ...]`` in the order of the blocks."""
+        halves = rows.unflatten(0, (2, -1, self.isa.lanes))  # [2, B, lanes, ...]
+        gate, other = halves.flip(0) if self.gate_last else halves
+        return torch.stack((gate, other), dim=1).flatten(0, 2)
+
+
+@functools.cache
+def gated_layout(isa: Isa, gate_last: bool) -> GatedLayout:
+    """The one layout object of an instruction set and order."""
+    return GatedLayout(isa, gate_last)
 
 
 @functools.cache

@@ -259,7 +259,8 @@ def test_selected_for_a_model(recipe: Any, kernel: str) -> None:
         Attention().eval(), recipe, [(X,)], example_inputs=(X,), progress=False, verify="off"
     )
     compiled = small(X)
-    assert set(small.explain().values()) == {f"generated {BEST.name} {kernel}"}
+    kernels = {text.partition(", ")[0] for text in small.explain().values()}  # a residual may follow
+    assert kernels == {f"generated {BEST.name} {kernel}"}
     small.set_backend("eager")
     torch.testing.assert_close(compiled, small(X), rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()

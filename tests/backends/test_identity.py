@@ -126,6 +126,20 @@ def test_originals_are_not_resident() -> None:
     assert small.model.first.weight.untyped_storage().nbytes() == 4
 
 
+@torch.no_grad()
+def test_a_compressed_model_may_be_compiled() -> None:
+    """As a whole or as a part of another module, with the forms it has; not with other ones."""
+    small = fxcompress.compress(Net(1), "w8a8", example_inputs=X, progress=False)
+    expected = small(X)
+    around = nn.Sequential(small.model, nn.ReLU())
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(small, backend="fxcompress")(X), expected)
+    assert torch.equal(torch.compile(around, backend="fxcompress")(X), expected.relu())
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="belong to a compressed model already"):
+        torch.compile(nn.Sequential(small.model), backend="fxcompress", options=OPTIONS)(X)
+
+
 def test_compressing_twice_is_refused() -> None:
     small = fxcompress.compress(Net(1), "w8a8", example_inputs=X, progress=False)
     with pytest.raises(RecipeError, match="already compressed"):

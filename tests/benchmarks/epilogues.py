@@ -1,8 +1,11 @@
-"""What fusing more behind (or before) a generated product could save at most: the time of the operation
-itself, as Inductor compiles it alone, as a share of the block's products and operations together.
+"""What fusing the end of an MLP into its products saves: gate · up, activation function, residual sum.
+
+Each pair computes the same: the product followed by what Inductor makes of the rest, and the product with
+an epilogue. A residual sum is measured with the norm behind it, which Inductor computes in one pass with the
+sum; a norm before a product is not fused, and its time shows what that could save at most.
 
 Times are processor time of one thread, the least of many turns taken in rotation, so that other work on the
-machine hardly shows. A fused kernel still computes the operation; what it saves is less than is printed here.
+machine hardly shows.
 
 Run: python -m tests.benchmarks.epilogues [--width 576] [--hidden 1536] [--tokens 1 32 512]
 """
@@ -19,9 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.benchmarks.kernels import Variant, generated
+from fxcompress.backends.cpu.epilogues import PLAIN, Epilogue
+from fxcompress.backends.cpu.kernel_types import LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.selection import choose_kernel
+from fxcompress.formats.integer import IntFormat, quantize_to_term
+from fxcompress.forms import WeightLayout
 
 Turn = tuple[str, Callable[[], Any]]
+Product = Callable[[Tensor, Epilogue, Tensor | None], Tensor]
 
 
 def gated(both: Tensor) -> Tensor:
@@ -30,30 +38,60 @@ def gated(both: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def residual(x: Tensor, y: Tensor) -> Tensor:
-    """The residual sum behind a product."""
-    return x + y
-
-
 def norm(x: Tensor, weight: Tensor) -> Tensor:
-    """The norm before a product."""
+    """The norm before the next product."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
-def turns(width: int, hidden: int, tokens: int, form: tuple[Any, ...]) -> list[Turn]:
-    """The gate·up and down products of a block, and what lies around them."""
-    expand: Variant = generated(torch.randn(2 * hidden, width), *form)
-    reduce: Variant = generated(torch.randn(width, hidden), *form)
-    x, inner, both = torch.randn(tokens, width), torch.randn(tokens, hidden), torch.randn(tokens, 2 * hidden)
-    compiled = {f.__name__: torch.compile(f, fullgraph=True, dynamic=False) for f in (gated, residual, norm)}
-    weight, one = torch.ones(width), torch.ones(1, 1)
+def summed(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual sum, which is needed again, and the norm behind it."""
+    total = x + y
+    return total, norm(total, weight)
+
+
+def product(weight: Tensor, activation: str | None, tokens: int) -> Product:
+    """The kernel that is chosen for a weight in 4 bits and groups of 64."""
+    rows, columns = weight.shape
+    term = quantize_to_term(weight, WeightLayout.rows(weight.shape), IntFormat(4, False, 64))
+    spec = LinearSpec(4, False, 64, rows, columns, activation, tokens, torch.float32)
+    kernel, text = choose_kernel(spec)
+    if kernel is None:
+        raise SystemExit(text)
+    packed: dict[str, dict[str, Tensor]] = {}
+
+    def run(x: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
+        layout = kernel.layout_with(epilogue)
+        if layout is None:
+            raise SystemExit(f"{text} takes no epilogue")
+        if layout.name not in packed:
+            packed[layout.name] = layout.pack([term])
+        # Kernels quantize what they read themselves: codes and scale are not looked at.
+        quantized = None if activation is None else QuantizedInput(x, x, None, x)
+        return kernel.run_with(epilogue, x, quantized, packed[layout.name], spec, None, residual)
+
+    return run
+
+
+def turns(width: int, hidden: int, tokens: int, activation: str | None) -> list[Turn]:
+    """Products with and without what follows them."""
+    expand = product(torch.randn(2 * hidden, width), activation, tokens)
+    inner = product(torch.randn(hidden, width), activation, tokens)
+    reduce = product(torch.randn(width, hidden), activation, tokens)
+    x, wide = torch.randn(tokens, width), torch.randn(tokens, hidden)
+    weight = torch.ones(width)
+    compiled: dict[str, Any] = {
+        f.__name__: torch.compile(f, fullgraph=True, dynamic=False) for f in (gated, norm, summed, F.gelu)
+    }
+    gate, gelu, residual = Epilogue("silu", gated=True), Epilogue("gelu"), Epilogue(residual=True)
     return [
-        ("gate·up product", lambda: expand.run(x)),
-        ("down product", lambda: reduce.run(inner)),
-        ("gated", lambda: compiled["gated"](both)),
-        ("residual", lambda: compiled["residual"](x, x)),
+        ("gate·up apart", lambda: compiled["gated"](expand(x, PLAIN, None))),
+        ("gate·up fused", lambda: expand(x, gate, None)),
+        ("gelu apart", lambda: compiled["gelu"](inner(x, PLAIN, None))),
+        ("gelu fused", lambda: inner(x, gelu, None)),
+        ("residual, norm apart", lambda: compiled["summed"](x, reduce(wide, PLAIN, None), weight)),
+        ("residual, norm fused", lambda: compiled["norm"](reduce(wide, residual, x), weight)),
         ("norm", lambda: compiled["norm"](x, weight)),
-        ("call of a compiled function", lambda: compiled["residual"](one, one)),
+        ("call", lambda: compiled["norm"](weight[:1], weight[:1])),
     ]
 
 
@@ -76,22 +114,23 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--tokens", nargs="*", type=int, default=[1, 32, 512])
-    parser.add_argument("--seconds", type=float, default=2.0, help="per form and number of tokens")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per form and number of tokens")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for tokens in options.tokens:
-        for form in ((4, False, 64, None), (4, False, 64, "dynamic")):
+        for activation in (None, "dynamic"):
             with torch.no_grad():
-                found = least(turns(options.width, options.hidden, tokens, form), options.seconds)
-            call = found.pop("call of a compiled function")  # inside a block there is none
-            own = {
-                name: seconds if name.endswith("product") else max(0.0, seconds - call)
-                for name, seconds in found.items()
-            }
-            total = sum(own.values())
-            for name, seconds in own.items():
-                share = f"{seconds * 1e6:9.1f} µs {seconds / total:6.1%}"
-                sys.stdout.write(f"M={tokens:<4} {form[3] or 'float':8} {name:16} {share}\n")
+                found = least(turns(options.width, options.hidden, tokens, activation), options.seconds)
+            call = found.pop("call")  # of a compiled function; inside a block there is none
+            for name in list(found):
+                if name != "gate·up fused" and name != "gelu fused":
+                    found[name] -= call
+            line = f"M={tokens:<4} {activation or 'float':8}"
+            for name in ("gate·up", "gelu", "residual, norm"):
+                apart, fused = found[f"{name} apart"], found[f"{name} fused"]
+                line += f" {name} {apart * 1e6:8.1f} → {fused * 1e6:8.1f} µs ({fused / apart - 1:+.1%});"
+            sys.stdout.write(f"{line} norm alone {found['norm'] * 1e6:.1f} µs\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

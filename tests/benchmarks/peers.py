@@ -1,10 +1,10 @@
-"""Decode and prefill beside what people use today: torch, torchao, llama.cpp; all take turns in one run.
+"""Decode and prefill beside what people use today: torch, torchao, ONNX Runtime, llama.cpp; in turns.
 
 Every contender generates after the same prompt and reads the same tokens. Ratios are medians of the ratio to
 float32 eager torch in the same round. llama.cpp runs files requantized from the packaged weights by its own
-tool, and tells its perplexity on the held-out texts (``--quality``).
+tool, ONNX Runtime what its builder makes of them; both tell perplexities on held-out texts (``--quality``).
 
-Needs what nothing else here does: pip install torchao llama-cpp-python onnxruntime onnx.
+Needs what nothing else here does: pip install torchao llama-cpp-python onnxruntime-genai.
 
 Run: python -m tests.benchmarks.peers [--model packaged synthetic-1b] [--rounds 5] [--prefill 128 512 2048]
 """
@@ -29,6 +29,7 @@ from torch import Tensor
 
 import fxcompress
 from fxcompress.bench import BenchSettings, Variant, _Run
+from tests.benchmarks import peers_onnx
 from tests.benchmarks.common import environment, held_out, packaged_model, write
 from tests.benchmarks.peers_gguf import FILE_TYPES, requantize, source_file
 from tests.benchmarks.synthetic import synthetic_model
@@ -229,6 +230,18 @@ def main() -> None:
                 except Exception as error:  # a peer that cannot run is a result
                     failures[name] = f"{type(error).__name__}: {error}"
                     sys.stderr.write(f"{name}: {failures[name]}\n")
+            try:
+                made = peers_onnx.build(model, tokenizer, Path(folder))
+                name = f"ONNX Runtime int4 g{peers_onnx.BLOCK}"
+                contenders[name] = peers_onnx.Genai(made, ids, PROMPT, STEPS)
+                if options.quality and tokenizer is not None:
+                    texts = held_out(tokenizer, 8)
+                    found = {text: peers_onnx.perplexity(made, model, rows) for text, rows in texts.items()}
+                    content.setdefault("perplexity", {})[name] = found
+                    sys.stderr.write(f"{name}: {found}\n")
+            except Exception as error:
+                failures["ONNX Runtime"] = f"{type(error).__name__}: {error}"
+                sys.stderr.write(f"ONNX Runtime: {failures['ONNX Runtime']}\n")
             source = source_file(model, tokenizer, Path(folder))
             for file in options.files:
                 path = requantize(source, Path(folder), file)
@@ -248,7 +261,8 @@ def peer_versions() -> dict[str, str]:
     """Versions of the other tools."""
     from importlib import metadata
 
-    return {name: metadata.version(name) for name in ("torchao", "llama-cpp-python")}
+    names = ("torchao", "llama-cpp-python", "onnxruntime", "onnxruntime-genai")
+    return {name: metadata.version(name) for name in names}
 
 
 if __name__ == "__main__":

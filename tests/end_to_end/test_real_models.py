@@ -76,8 +76,13 @@ def test_integer_products_are_in_the_compiled_code(
     matrices = [name for name in small.explain() if ".layers." in name]
     kept_float = sum(not small.artifact.forms[name].activation for name in matrices)
     assert len(integer) == len(matrices) - kept_float > 0
-    called = sum(source.count("torch.ops.fxcompress_cpu.linear.default(") for source in sources)
-    assert called >= 5  # q·k·v, o, gate·up, down of the one compiled block; the head
+    counts = [
+        sum(source.count(f"torch.ops.fxcompress_cpu.{name}.default(") for source in sources)
+        for name in ("linear", "linear_residual")
+    ]
+    assert counts[0] >= 3  # q·k·v, gate·up of the one compiled block; the head
+    assert counts[1] >= 2  # o and down
+    assert all("silu + gate" in text for name, text in small.explain().items() if "gate_proj" in name)
 
 
 @torch.no_grad()
