@@ -9,23 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.render_common import MODELS, TEXTS, environment, head, tables
+from tests.benchmarks.render_runtime import caches, first_token, onnx
+from tests.benchmarks.render_sparsity import sparse_kernels, sparsity
 from tests.benchmarks.suites import SUITES
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
-
-
-def environment(content: dict[str, Any]) -> str:
-    known = content["environment"]
-    versions = ", ".join(f"{key} {known[key]}" for key in ("python", "torch", "transformers"))
-    return (
-        f"Machine: {known['processor']} ({known['cpu capability']}), {known['threads']} threads; {versions}."
-        f" Command: `{known['command']}`."
-    )
-
-
-TEXTS = ("documentation", "news")
-MODELS = {"packaged": "Packaged model", "off-grid": "Off-grid copy", "outlier": "Copy with outliers"}
 
 
 def quality(content: dict[str, Any]) -> list[str]:
@@ -141,33 +131,6 @@ def low_rank_speed(content: dict[str, Any]) -> list[str]:
 
 def _columns(content: dict[str, Any]) -> list[tuple[str, int]]:
     return list(dict.fromkeys((row["kind"], row["tokens"]) for row in content["rows"]))
-
-
-def head(title: str, content: dict[str, Any]) -> list[str]:
-    return [f"## {title}", "", f"{content['protocol']}. {environment(content)}", ""]
-
-
-def tables(suite: str, content: dict[str, Any]) -> list[str]:
-    """One table per model, rows in the order of the suite."""
-    lines = []
-    for kind, title in MODELS.items():
-        rows = content.get(kind)
-        if not rows:
-            continue
-        lines += [f"### {title}", "", "| variant | documentation | news | MB |", "|---|---|---|---|"]
-        for name in ("fp32", *SUITES[suite]):
-            if name not in rows:
-                continue
-            row, cells = rows[name], []
-            for text in TEXTS:
-                change = row.get("change %", {}).get(text)
-                cells.append(
-                    f"{row['perplexity'][text]:.2f}" + (f" ({change:+.2f} %)" if change is not None else "")
-                )
-            size = row.get("totals", {}).get("bytes_after")
-            lines.append(f"| {name} | {cells[0]} | {cells[1]} | {f'{size / 1e6:.0f}' if size else '538'} |")
-        lines.append("")
-    return lines
 
 
 def speed(content: dict[str, Any]) -> list[str]:
@@ -302,9 +265,14 @@ def main() -> None:
         "activations": activations,
         "structured": structured,
         "structured-speed": structured_speed,
+        "sparsity": sparsity,
+        "sparse-kernels": sparse_kernels,
         "low-rank": low_rank,
         "low-rank-speed": low_rank_speed,
+        "kv_cache": caches,
+        "onnx": onnx,
         "speed": speed,
+        "first-token": first_token,
     }
     for name, render in sections.items():
         path = RESULTS / f"{name}.json"
