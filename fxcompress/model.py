@@ -179,6 +179,7 @@ class CompressedModel:
         example_inputs: Any | None = None,
         calibration: Sequence[Any] = (),
         overwrite: bool = False,
+        attention: str = "fused",
     ) -> Any:
         """Write an ONNX file that computes what this model computes, and check it in ONNX Runtime.
 
@@ -195,6 +196,9 @@ class CompressedModel:
             example_inputs: One call of the model, as for :func:`fxcompress.compress`.
             calibration: Further calls that the result is checked on.
             overwrite: Replace an existing file.
+            attention: With ``cache``: ``"fused"`` (default) or ``"plain"`` operators. ONNX Runtime's fused
+                operator continues prompts of one sequence at a time; whole prompts and single tokens come in
+                batches of any size.
 
         Returns:
             A report: errors against the reference on every set of inputs, size, kernels that ran.
@@ -217,6 +221,7 @@ class CompressedModel:
             example_inputs=example_inputs,
             calibration=calibration,
             overwrite=overwrite,
+            attention=attention,
         )
 
 

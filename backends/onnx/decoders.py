@@ -116,10 +116,16 @@ class CachedDecoder:
         signature = Signature(dict(zip(program.inputs, names, strict=True)), ["logits", *present], dimensions)
         return cls(program, flat, signature, tuple(shapes))
 
-    def trials(self) -> list[tuple[str, list[Any]]]:
-        """Calls of the kinds that a generator makes, padding included."""
+    def trials(self, *, one_by_one: bool) -> list[tuple[str, list[Any]]]:
+        """Calls of the kinds that a generator makes, padding included.
+
+        Args:
+            one_by_one: Prompts that continue others come one sequence at a time.
+        """
         ids = self.example[0]
         found = [("example inputs", self.example)]
+        if one_by_one:
+            found = [("one example input", [value[:1] for value in self.example])]
         for name, past, tokens, padding in (
             ("prompt", 0, ids.shape[1], 0),
             ("decode step", 7, 1, 0),

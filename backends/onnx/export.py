@@ -48,6 +48,8 @@ class Options:
             (default): when they exceed ``external_threshold``.
         external_threshold: Bytes. Default just under 2 GiB, the most one file can hold.
         overwrite: Replace an existing file. Default False.
+        attention: ``"fused"`` (default): attention over a growing cache as ``GroupQueryAttention``, which
+            continues prompts of one sequence at a time. ``"plain"``: as plain operators.
 
     Raises:
         BackendError: a value is not one of these.
@@ -58,6 +60,7 @@ class Options:
     external_data: bool | str = "auto"
     external_threshold: int = EXTERNAL_THRESHOLD
     overwrite: bool = False
+    attention: str = "fused"
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
@@ -66,6 +69,8 @@ class Options:
             )
         if self.target not in TARGETS:
             raise BackendError(f"target {self.target!r} is unknown.", fix=f"use one of {', '.join(TARGETS)}.")
+        if self.attention not in ("fused", "plain"):
+            raise BackendError(f"attention={self.attention!r}, expected 'fused' or 'plain'.")
         if self.external_data not in (True, False, "auto"):
             raise BackendError(f"external_data={self.external_data!r}, expected True, False or 'auto'.")
 
@@ -121,7 +126,14 @@ def export_program(
     with torch.no_grad(), write_aside(destination) as folder:
         reference = apply_state(program, state)
         signature = _complete(program, reference, signature or Signature(), example)
-        lowered = lower(apply_state(program, state), state, portable=options.target == "portable")
+        fused = options.attention == "fused" and options.target != "portable"
+        calls = trials or standard_trials(program, example)
+        lowered = lower(
+            apply_state(program, state),
+            state,
+            portable=options.target == "portable",
+            calls=[dict(zip(program.inputs, flat, strict=True)) for _, flat in calls] if fused else (),
+        )
         translated = translate(
             lowered,
             example,
@@ -131,7 +143,7 @@ def export_program(
             dimensions=signature.dimensions,
         )
         checker = _Checker(program, state, reference, translated, signature, options)
-        report = checker.accept(folder / destination.name, trials or standard_trials(program, example))
+        report = checker.accept(folder / destination.name, calls)
         if beside is not None:
             beside(folder)
         files = publish(folder, destination, overwrite=options.overwrite)

@@ -11,12 +11,16 @@ computes the same function as the one it was made from and can be run in torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import fx
 
 from fxcompress.apply import AppliedGraph
 from fxcompress.backends.onnx import activations, convolutions
 from fxcompress.backends.onnx.decoding import Decoding
 from fxcompress.backends.onnx.graph_constants import Constants
+from fxcompress.backends.onnx.grouped_attention import fuse_attention
 from fxcompress.backends.onnx.products import Products
 from fxcompress.backends.onnx.rewriting import Lowered
 from fxcompress.capture.values import infer_values
@@ -26,13 +30,20 @@ from fxcompress.form_inputs import form_tensor
 __all__ = ["lower"]
 
 
-def lower(applied: AppliedGraph, state: CompressionState, *, portable: bool) -> Lowered:
+def lower(
+    applied: AppliedGraph,
+    state: CompressionState,
+    *,
+    portable: bool,
+    calls: Sequence[Mapping[str, Any]] = (),
+) -> Lowered:
     """Lower a rewritten graph in place.
 
     Args:
         applied: From :func:`fxcompress.apply.apply_state`; its module is changed.
         state: The forms it was made with.
         portable: Only operators of the ONNX standard; else ONNX Runtime's where they are better.
+        calls: Inputs by placeholder, for calls of several sizes; without them attention stays as it is.
 
     Raises:
         BackendError: a weight in a dtype that the runtime's kernels lack.
@@ -57,6 +68,8 @@ def lower(applied: AppliedGraph, state: CompressionState, *, portable: bool) -> 
     Decoding(lowered, products.names, portable).run()
     infer_values(graph)
     activations.lower_static(graph, constants)
+    if calls and not portable:
+        fuse_attention(graph, calls)
     graph.eliminate_dead_code()
     constants.drop_unread()
     infer_values(graph)

@@ -85,7 +85,7 @@ def _export_decoder(model: CompressedModel, path: Path, example: Any, options: O
         state_of(model),
         path,
         decoder.example,
-        trials=decoder.trials(),
+        trials=decoder.trials(one_by_one=options.attention == "fused" and options.target != "portable"),
         signature=decoder.signature,
         options=options,
         beside=lambda folder: write_generation_files(module, model.tokenizer, folder, path.name, decoder),

@@ -154,3 +154,40 @@ def _dequantize_linear(q: Tensor, scale: Tensor, zero: Tensor | None, axis: int,
     if zero is not None:
         value = value - wide(zero.to(torch.float32))
     return (value * wide(scale.to(torch.float32))).to(scale.dtype)
+
+
+def _attention_shapes(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    for past, new in ((past_k, k), (past_v, v)):
+        for index in (0, 1, 3):
+            torch._check(past.shape[index] == new.shape[index])
+    torch._check(past_k.shape[2] == past_v.shape[2])
+    total = past_k.shape[2] + k.shape[2]
+    grown = k.new_empty(k.shape[0], k.shape[1], total, k.shape[3])
+    return torch.empty_like(q, memory_format=torch.contiguous_format), grown, torch.empty_like(grown)
+
+
+@_operator(
+    "grouped_attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor bias, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _attention_shapes,
+)
+def _grouped_attention(
+    q: Tensor,  # [B, H, S, D]
+    k: Tensor,  # [B, KV, S, D]
+    v: Tensor,
+    past_k: Tensor,  # [B, KV, P, D]
+    past_v: Tensor,
+    bias: Tensor,  # [B or 1, 1, S, P + S]
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``com.microsoft.GroupQueryAttention`` without rotation: attention, grown keys, grown values."""
+    keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+    queries, total = q.shape[2], keys.shape[2]
+    later = torch.ones(queries, total, dtype=torch.bool, device=q.device).triu(total - queries + 1)
+    limits = bias.to(q.dtype).masked_fill(later, float("-inf"))
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q, keys, values, attn_mask=limits, scale=scale, enable_gqa=True
+    )
+    return y.contiguous(), keys, values

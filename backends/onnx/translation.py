@@ -81,6 +81,40 @@ _GATHER_NBITS = _runtime_operator(
 )
 
 
+_GROUP_QUERY_ATTENTION = _runtime_operator(
+    "GroupQueryAttention",
+    "query:T key:T? value:T? past_key:T? past_value:T? seqlens_k:M total_sequence_length:M"
+    " cos_cache:T? sin_cache:T? position_ids:I? attention_bias:T?",
+    "output:T present_key:T present_value:T",
+    num_heads="INT",
+    kv_num_heads="INT",
+    scale="FLOAT",
+)
+
+
+def _grouped_attention(
+    q: FLOAT, k: FLOAT, v: FLOAT, past_k: FLOAT, past_v: FLOAT, bias: FLOAT, scale: float
+) -> tuple[FLOAT, FLOAT, FLOAT]:
+    """The operator takes heads side by side, and how long every sequence is: all as long as the longest."""
+
+    def beside(x: FLOAT) -> FLOAT:  # [B, H, S, D] → [B, S, H·D]
+        return onnx.Reshape(onnx.Transpose(x, perm=[0, 2, 1, 3]), onnx.Constant(value_ints=[0, 0, -1]))  # type: ignore[no-any-return]
+
+    heads, width, kv_heads = q.shape[1], q.shape[3], k.shape[1]
+    total = onnx.Cast(onnx.Shape(bias, start=3, end=4), to=6)  # int32 [1]
+    batch = onnx.Shape(q, start=0, end=1)
+    last = onnx.Expand(onnx.Sub(total, onnx.Cast(onnx.Constant(value_ints=[1]), to=6)), batch)
+    found, keys, values_ = _GROUP_QUERY_ATTENTION(
+        *(beside(q), beside(k), beside(v), past_k, past_v, last, onnx.Squeeze(total)),
+        *(None, None, None, bias),
+        num_heads=int(heads),
+        kv_num_heads=int(kv_heads),
+        scale=scale,
+    )
+    apart = onnx.Reshape(found, onnx.Constant(value_ints=[0, 0, int(heads), int(width)]))
+    return onnx.Transpose(apart, perm=[0, 2, 1, 3]), keys, values_
+
+
 def _matmul_nbits(
     x: FLOAT,
     b: UINT8,
@@ -130,6 +164,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operator overload → function that builds its ONNX nodes; for ``torch.onnx.export``."""
     return {
         ops.matmul_nbits.default: _matmul_nbits,
+        ops.grouped_attention.default: _grouped_attention,
         ops.gather_nbits.default: _gather_nbits,
         ops.matmul_integer.default: _matmul_integer,
         ops.quantize_linear.default: _quantize_linear,

@@ -26,6 +26,7 @@ def export(
         str, typer.Option(help="Weights in a file of their own: yes, no, or auto (from 2 GiB on).")
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    attention: Annotated[str, typer.Option(help="With --cache: fused, or plain operators.")] = "fused",
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -45,6 +46,7 @@ def export(
         target=target,
         external_data=choices[external_data],
         overwrite=overwrite,
+        attention=attention,
     )
     if json_output:
         emit(report.to_dict(), True)
