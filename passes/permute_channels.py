@@ -67,7 +67,7 @@ class PermuteChannels(SelectivePass):
     block: int = 32
     rounds: int = 32
     gather: bool = False
-    alpha: float = 1.0
+    alpha: float = 512.0
     bins: int = 100
 
     name: ClassVar[str] = "permute-channels"
