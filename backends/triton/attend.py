@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +80,7 @@ def attend(
     out = torch.empty(batch, heads, queries, form.value_width, dtype=query.dtype, device=query.device)
     plain = [torch.empty_like(out)] if exact else []
     padded = 1 << splits.bit_length()
-    merge = getattr(_module(form), "merge")  # noqa: B009  (the module is generated)
+    merge = load_kernel(form, "merge")
     merge[(count, group * queries)](
         part, sums, *exact, out, *plain, group * queries, **constants, PADDED=padded
     )
@@ -112,9 +111,8 @@ def append(
         # At most: what is pending in the ring, and all new tokens.
         units = -(-(tokens + form.slots) // form.unit)
         launch(form, (units, heads), arguments, {}, Config(1, 0, 0, 1, 4, 1))
-        keep = getattr(_module(form), "keep")  # noqa: B009  (the module is generated)
         if form.slots or half.sinks:
-            keep[(-(-tokens // _KEEP_TOKENS), heads)](*arguments, TOKENS=_KEEP_TOKENS)
+            load_kernel(form, "keep")[(-(-tokens // _KEEP_TOKENS), heads)](*arguments, TOKENS=_KEEP_TOKENS)
     length.add_(tokens)
 
 
@@ -130,12 +128,6 @@ def check(record: CacheRecord, memory: Tensor, key: Tensor) -> None:
             f" {(*key.shape[:2], record.nbytes)}.",
             fix="use a new cache for another batch.",
         )
-
-
-def _module(form: AttendForm | WriteForm) -> Any:
-    """The generated module of a form."""
-    kernel = load_kernel(form)
-    return sys.modules[kernel.fn.__module__]
 
 
 def _rotated(x: Tensor) -> Tensor:

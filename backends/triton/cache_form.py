@@ -138,8 +138,12 @@ class AttendForm:
     @property
     def tile(self) -> int:
         """Tokens read at once: within one group of keys whose scales are per channel."""
-        sizes = [half.group_size for half in (self.key, self.value) if half.axis == "channel"]
-        return next(size for size in (_TILE, 32, 16) if all(group % size == 0 for group in sizes))
+        halves = (self.key, self.value)
+        sizes = [half.group_size for half in halves if half.axis == "channel"]
+        # Every plane, and everything kept twice because it is rotated, takes registers.
+        planes = sum(8 // half.bits + half.rotated for half in halves)
+        largest = _TILE if planes <= 4 else _TILE // 2
+        return next(size for size in (largest, 32, 16) if all(group % size == 0 for group in sizes))
 
     def arguments(self) -> list[Argument]:
         """See :class:`~fxcompress.backends.triton.generator.AnyForm`."""
@@ -175,6 +179,15 @@ class AttendForm:
             "type": f"tl.{self.input}",
             "operand": ".to(tl.float32)" if interpreted() and self.input == "bfloat16" else "",
         }
+
+
+def merge_arguments(form: AttendForm) -> list[Argument]:
+    """Run-time arguments of the kernel that merges the parts of the sequence."""
+    parts = [Argument("part_ptr", "*fp32", ""), Argument("sums_ptr", "*fp32", "")]
+    out = f"*{DTYPES[form.input]}"
+    exact = [Argument("exact_ptr", "*fp32", "")] if form.value.rotated else []
+    plain = [Argument("plain_ptr", out, "")] if form.value.rotated else []
+    return [*parts, *exact, Argument("out_ptr", out, ""), *plain, Argument("rows", "i32", "")]
 
 
 def field_names(half: HalfForm) -> list[str]:

@@ -6,11 +6,11 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fxcompress.backends.triton.generator import AnyForm, interpreted, load_kernel
+from fxcompress.backends.triton.generator import AnyForm, Argument, interpreted, load_kernel
 from fxcompress.errors import BackendError
 
 __all__ = ["CompiledKernel", "compile_kernel"]
@@ -53,7 +53,8 @@ def compile_kernel(
     warps: int = 4,
     stages: int = 3,
     aligned: bool = True,
-    types: Mapping[str, str] | None = None,
+    entry: str | None = None,
+    arguments: Sequence[Argument] | None = None,
 ) -> CompiledKernel:
     """Compile a kernel for a compute capability.
 
@@ -64,7 +65,8 @@ def compile_kernel(
         warps: Per program.
         stages: Of the pipeline of loads.
         aligned: Promise that pointers and sizes are multiples of 16, as a launch does where they are.
-        types: Types of arguments that differ from the form's.
+        entry: Of several kernels in the source, which.
+        arguments: Of that kernel, where they are not the form's.
 
     Raises:
         BackendError: triton is missing, or this process runs its interpreter.
@@ -73,15 +75,15 @@ def compile_kernel(
         raise BackendError(
             f"{form.title}: cannot be compiled while TRITON_INTERPRET is set.", fix="use another process."
         )
-    kernel = load_kernel(form)
+    kernel = load_kernel(form, entry)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    arguments = form.arguments()
-    signature = {a.name: (types or {}).get(a.name, a.kind) for a in arguments}
+    given = form.arguments() if arguments is None else arguments
+    signature = {argument.name: argument.kind for argument in given}
     signature.update(dict.fromkeys(constants, "constexpr"))
-    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(arguments))} if aligned else {}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(given))} if aligned else {}
     source = ASTSource(kernel, signature, dict(constants), attributes)
     options = {"num_warps": warps, "num_stages": stages}
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

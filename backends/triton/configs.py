@@ -99,7 +99,7 @@ def candidates(form: ProductForm, shape: Shape, device: Device) -> Iterator[Conf
         if block_m < 64 and shape.m > 8 * block_m:
             continue
         for block_n in (32, 64, 128, 256):
-            if block_n >= 2 * max(shape.n, 16) or block_m * block_n > 128 * 128:
+            if (block_n > 32 and block_n >= 2 * shape.n) or block_m * block_n > 128 * 128:
                 continue
             warps = 8 if block_m * block_n >= 128 * 128 else 4
             for stages in (2, 3, 4):

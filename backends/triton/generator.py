@@ -89,13 +89,21 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-@functools.cache
-def load_kernel(form: AnyForm) -> Any:
-    """The compiled-on-demand kernel of a form.
+def load_kernel(form: AnyForm, entry: str | None = None) -> Any:
+    """A kernel of a form, compiled when it is first started.
+
+    Args:
+        form: The form.
+        entry: Its name in the source, where that is not the form's own.
 
     Raises:
         BackendError: triton is not installed.
     """
+    return getattr(_load_module(form), entry or form.entry)
+
+
+@functools.cache
+def _load_module(form: AnyForm) -> Any:
     problem = missing_triton()
     if problem is not None:
         raise BackendError(f"{form.title}: {problem}.")
@@ -110,7 +118,7 @@ def load_kernel(form: AnyForm) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    return getattr(module, form.entry)
+    return module
 
 
 def source_folder() -> Path:
