@@ -143,6 +143,14 @@ class InductorBackend(CompressingBackend):
         attends = hasattr(module, "generate")
         compile_ahead(self._store.state, tables, parameters[0].dtype, attention=attends)
 
+    def reasons(self) -> dict[str, tuple[str, str, str]]:
+        """By site: why its kernel was chosen, the generated kernel's name, and its source."""
+        found = {}
+        for use in self.uses:
+            reason = use.target.reason(use.spec)
+            found.update({str(term): reason for term in use.terms})
+        return found
+
     def measure_kernels(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
         """Time of every distinct product compiled so far, see :mod:`fxcompress.backends.cpu.roofline`."""
         return measure_kernels(self.uses, executable_store(self._store), tokens)

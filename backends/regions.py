@@ -103,7 +103,7 @@ class RegionCompiler:
         self._explain(block, compiled)
         _unify(compiled.symbols, symbols, mode)
         self.uses += [
-            KernelUse(compiled.specs[position], tuple(self._term(inputs[p]) for p in position))
+            KernelUse(compiled.specs[position], tuple(self._term(inputs[p]) for p in position), self.target)
             for position in compiled.specs
         ]
         packed = tuple(

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec
 from fxcompress.backends.cpu.lowering import LoweringInterpreter, PackedInput, Plan
+from fxcompress.backends.cpu.selection import why
 
 if TYPE_CHECKING:
     from fxcompress.backends.triton.devices import Device
@@ -36,6 +37,10 @@ class CpuTarget:
     def describe(self, weight: fx.Node) -> str | None:
         """What runs for a weight that no plan has, or None when it is dequantized."""
         return None
+
+    def reason(self, spec: LinearSpec) -> tuple[str, str, str]:
+        """Why a use has its kernel, the generated kernel's name, and its source."""
+        return why(spec)
 
     def interpreter(
         self, module: fx.GraphModule, plan: Plan, packed: Mapping[PackedInput, Tensor]
@@ -74,6 +79,12 @@ class TritonTarget(CpuTarget):
         from fxcompress.backends.triton.singles import describe
 
         return describe(weight, self.device)
+
+    def reason(self, spec: LinearSpec) -> tuple[str, str, str]:
+        """See :class:`CpuTarget`."""
+        from fxcompress.backends.triton.selection import why as triton_why
+
+        return triton_why(spec, self.device)
 
     def interpreter(
         self, module: fx.GraphModule, plan: Plan, packed: Mapping[PackedInput, Tensor]

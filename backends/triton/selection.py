@@ -13,7 +13,7 @@ from fxcompress.backends.cpu.layouts import Layout
 from fxcompress.backends.triton import configs
 from fxcompress.backends.triton.bytes_form import BytesForm
 from fxcompress.backends.triton.devices import Device
-from fxcompress.backends.triton.generator import missing_triton
+from fxcompress.backends.triton.generator import missing_triton, render
 from fxcompress.backends.triton.linear_form import DTYPES, LinearForm
 from fxcompress.backends.triton.packing import BytesLayout, WordsLayout
 from fxcompress.backends.triton.texts import text_of
@@ -187,6 +187,21 @@ def choose_kernel(spec: LinearSpec, device: Device) -> tuple[Kernel | None, str]
     except Exception as error:
         return None, str(error)
     return _chosen(spec, dtype, device)
+
+
+def why(spec: LinearSpec, device: Device) -> tuple[str, str, str]:
+    """Why a use has its kernel, the generated kernel's name, and its source."""
+    kernel, text = choose_kernel(spec, device)
+    if not isinstance(kernel, GeneratedWords | GeneratedBytes):
+        return f"left to Inductor: {text}", "", ""
+    shape = configs.Shape(configs.row_bucket(spec.tokens or configs.BUCKETS[-1]), spec.rows, spec.columns)
+    config = choose(kernel.form, shape, device)
+    seconds = configs.cost(kernel.form, config, shape, device)
+    reason = (
+        f"serves the form on compute capability {device.capability / 10}; up to {shape.m} rows the cost model"
+        f" expects {seconds * 1e6:.0f} µs of {device.name}"
+    )
+    return reason, kernel.form.title, render(kernel.form)
 
 
 def _chosen(spec: LinearSpec, dtype: str, device: Device) -> tuple[Kernel, str]:

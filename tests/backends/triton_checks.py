@@ -7,6 +7,7 @@ Run as a program, because the interpreter has to be chosen before triton is impo
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,18 +42,28 @@ from fxcompress.forms.cache_transforms import HeadRotation, hadamard
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CLOSE = {"float16": 2e-3, "bfloat16": 1.5e-2}
-few = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+few = settings(
+    max_examples=int(os.environ.get("FXCOMPRESS_CHECK_EXAMPLES", "10")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 rows, outputs, inputs = st.integers(1, 18), st.integers(1, 40), st.integers(1, 290)
 dtypes, flags = st.sampled_from(tuple(DTYPES)), st.booleans()
 
 
+DEVICE = torch.device(os.environ.get("FXCOMPRESS_CHECK_DEVICE", "cpu"))
+"""Where tensors lie: the CPU under the interpreter, ``cuda`` in tests/benchmarks/gpu.py."""
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    generator = torch.Generator("cpu").manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, device="cpu").to(DEVICE)
 
 
 def random_codes(*shape: int, bits: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
+    generator = torch.Generator("cpu").manual_seed(seed + sum(shape))
+    return torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8, device="cpu").to(DEVICE)
 
 
 def assert_close(found: Tensor, expected: Tensor, dtype: str, what: object = "") -> None:
@@ -196,8 +207,8 @@ def check_block_formats(m: int, n: int, blocks: int, dtype: str, kind: str) -> N
     bits = 4 if values == "e2m1" else 8
     codes = random_codes(n, k, bits=bits)
     codes[(codes & 0x7F) == 0x7F] = 0  # NaN of e4m3
-    plain = _E2M1[codes.long()] if bits == 4 else codes.view(torch.float8_e4m3fn).float()
-    raw = torch.randint(110, 130, (k // group, n), generator=torch.Generator().manual_seed(k)).to(torch.uint8)
+    plain = _E2M1.to(DEVICE)[codes.long()] if bits == 4 else codes.view(torch.float8_e4m3fn).float()
+    raw = random_codes(k // group, n, bits=4) + 110
     tensors = {"words": torch.empty(0), "scale": raw}
     if scale_dtype == "e4m3":
         raw = raw - 70  # moderate positive values
@@ -356,7 +367,7 @@ def check_caches() -> None:
 def _check_cache(cache: CacheForm, mask: str | None, dtype: str) -> None:
     type_, capacity = DTYPES[dtype], 96
     record = CacheRecord(cache, capacity, type_)
-    memory, length = record.allocate(1, torch.device("cpu")), torch.zeros(1, dtype=torch.int64)
+    memory, length = record.allocate(1, DEVICE), torch.zeros(1, dtype=torch.int64)
     form, problem = AttendForm.of(cache, dtype, mask)
     assert form is not None, problem
     halves, widths = (cache.key, cache.value), (cache.key_width, cache.value_width)
@@ -400,6 +411,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
 def main() -> None:
     """Run all checks, or those named."""
     found: dict[str, str | None] = {}
+    if DEVICE.type != "cpu":
+        torch.set_default_device(DEVICE)
     for name in sys.argv[1:] or CHECKS:
         try:
             CHECKS[name]()
