@@ -16,6 +16,7 @@ from fxcompress.backends.cpu.sparse import executable_store, noted
 from fxcompress.backends.executable import Executable
 from fxcompress.backends.regions import RegionCompiler
 from fxcompress.backends.sources import GhostSource, OwnFormsFirst, source_from_options
+from fxcompress.backends.target import TritonTarget, target_of
 from fxcompress.capture.dynamo import program_from_dynamo
 from fxcompress.capture.program import Program
 from fxcompress.compat import runs_alone
@@ -90,9 +91,13 @@ class CompressingBackend:
         return Executable(applied, store, rebind, regions)
 
     def _store_for(self, program: Program) -> WeightStore:
-        """The store of a program's forms; compiled, sparse weights have the forms they are executed in."""
+        """The store of a program's forms; compiled for a CPU, sparse weights have the forms they run in."""
         store = self.source.store(program)
-        return executable_store(store) if self.inner == "inductor" else store
+        cuda = next((t.device for t in program.weights.values() if t.device.type == "cuda"), None)
+        if cuda is not None:
+            store.place(cuda)
+        on_cpu = cuda is None and not isinstance(target_of(()), TritonTarget)
+        return executable_store(store) if self.inner == "inductor" and on_cpu else store
 
     def _plain(
         self, program: Program, module: fx.GraphModule, example_inputs: Sequence[Any]
@@ -127,7 +132,8 @@ class InductorBackend(CompressingBackend):
             return
         self._prepared = True
         parameters = [p for p in module.parameters() if p.is_floating_point()]
-        if not parameters or any(p.device.type != "cpu" for p in parameters):
+        on_cpu = all(p.device.type == "cpu" for p in parameters)
+        if not parameters or not on_cpu or isinstance(target_of(parameters), TritonTarget):
             return
         tables = {
             tag.name
@@ -136,6 +142,14 @@ class InductorBackend(CompressingBackend):
         }
         attends = hasattr(module, "generate")
         compile_ahead(self._store.state, tables, parameters[0].dtype, attention=attends)
+
+    def reasons(self) -> dict[str, tuple[str, str, str]]:
+        """By site: why its kernel was chosen, the generated kernel's name, and its source."""
+        found = {}
+        for use in self.uses:
+            reason = use.target.reason(use.spec)
+            found.update({str(term): reason for term in use.terms})
+        return found
 
     def measure_kernels(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
         """Time of every distinct product compiled so far, see :mod:`fxcompress.backends.cpu.roofline`."""

@@ -19,7 +19,6 @@ from fxcompress.backends.cpu.epilogues import FusedProduct
 from fxcompress.backends.cpu.experts import weight_of_experts
 from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.layouts import Layout
-from fxcompress.backends.cpu.lowering import LoweringInterpreter
 from fxcompress.backends.cpu.planning import (
     DEQUANTIZE,
     EMBEDDINGS,
@@ -30,6 +29,7 @@ from fxcompress.backends.cpu.planning import (
     weight_of_linear,
 )
 from fxcompress.backends.cpu.roofline import KernelUse
+from fxcompress.backends.target import CpuTarget, target_of
 from fxcompress.compat import fake_mode_of, trace_pre_dispatch
 from fxcompress.form_inputs import TensorRef
 from fxcompress.store import WeightStore
@@ -81,10 +81,13 @@ class RegionCompiler:
     cache: dict[str, _Compiled] = field(default_factory=dict)
     choices: dict[str, str] = field(default_factory=dict)
     uses: list[KernelUse] = field(default_factory=list)
+    target: CpuTarget = field(default_factory=CpuTarget)
 
     def compile(self) -> list[Region]:
         """Compile all blocks, each distinct structure once."""
         graph = self.applied.module.graph
+        self.target = target_of(node.meta.get("val") for node in graph.nodes)
+        self.target.prepare(graph)
         mode = fake_mode_of([node.meta.get("val") for node in graph.nodes])
         return [self._region(block, mode) for block in find_blocks(graph)]
 
@@ -95,13 +98,14 @@ class RegionCompiler:
         key = repr((block.structure, len(inputs), [[place[node] for node in group] for group in siblings]))
         symbols = _symbols(inputs)
         if key not in self.cache:
-            plan = make_plan(block.nodes, inputs, siblings, self._term, block.outputs)
+            plan = make_plan(block.nodes, inputs, siblings, self._term, block.outputs, self.target.choose)
+            self.target.extend(plan, block.nodes, inputs)
             self.cache[key] = self._compile(block, inputs, plan, symbols, mode)
         compiled = self.cache[key]
         self._explain(block, compiled)
         _unify(compiled.symbols, symbols, mode)
         self.uses += [
-            KernelUse(spec, tuple(self._term(inputs[p]) for p in position), layout)
+            KernelUse(spec, tuple(self._term(inputs[p]) for p in position), layout, self.target)
             for position, (spec, layout) in compiled.specs.items()
         ]
         packed = tuple(
@@ -133,6 +137,10 @@ class RegionCompiler:
                 and node.target not in (*DEQUANTIZE, *EMBEDDINGS)
                 and name not in self.choices
             ):
+                text = self.target.describe(node)
+                if text is not None:
+                    self.choices[name] = text
+                    continue
                 self.choices[name] = f"no kernel for {node.target}: dequantized at run time"
                 logger.info("%s: %s", name, self.choices[name])
 
@@ -172,7 +180,7 @@ class RegionCompiler:
 
         def run(*arguments: Any) -> Any:
             given = dict(zip(keys, arguments[len(inputs) :], strict=True))
-            return LoweringInterpreter(module, local, given).run(*arguments[: len(inputs)])
+            return self.target.interpreter(module, local, given).run(*arguments[: len(inputs)])
 
         with torch.no_grad():
             lowered = trace_pre_dispatch(run, fakes, mode)
@@ -240,6 +248,7 @@ def translate(plan: Plan, node_map: Mapping[fx.Node, fx.Node]) -> Plan:
         },
         layouts={node_map[node]: layout for node, layout in plan.layouts.items()},
         absorbed={node_map[node] for node in plan.absorbed},
+        singles={node_map[node]: single for node, single in plan.singles.items()},
     )
 
 

@@ -8,6 +8,7 @@ small.report.show(); small.save("out"); fxcompress.load("out").generate(**inputs
 from fxcompress.api import compress, load
 from fxcompress.edits import Edit
 from fxcompress.errors import FxCompressError
+from fxcompress.explanation import Explanation, explain
 from fxcompress.model import CompressedModel
 from fxcompress.pass_base import Pass
 from fxcompress.presets import recipes
@@ -20,12 +21,14 @@ __version__ = "0.1.0"
 __all__ = [
     "CompressedModel",
     "Edit",
+    "Explanation",
     "FxCompressError",
     "Pass",
     "Recipe",
     "Report",
     "__version__",
     "compress",
+    "explain",
     "load",
     "recipes",
     "register_pass",

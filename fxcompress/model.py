@@ -18,6 +18,7 @@ from fxcompress.compat import compile_in_place
 from fxcompress.decoding import Generator
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BackendError, FxCompressError
+from fxcompress.explanation import SiteKernel
 from fxcompress.generation_cache import CacheMaker
 from fxcompress.ghost import contains_ghosts, ghost_copy, ghost_tag
 from fxcompress.pretrained import save_plain
@@ -125,6 +126,15 @@ class CompressedModel:
     def explain(self) -> dict[str, str]:
         """Kernel of every linear site compiled so far, by parameter name."""
         return dict(self._compiler.choices)
+
+    def explain_sites(self) -> list[SiteKernel]:
+        """Every linear site compiled so far: its kernel, why that one, and the kernel's generated source."""
+        reasons = getattr(self._compiler, "reasons", dict)()
+        found = []
+        for name, kernel in sorted(self._compiler.choices.items()):
+            why, title, source = reasons.get(name, (kernel, "", ""))
+            found.append(SiteKernel(name, kernel, why, title, source))
+        return found
 
     def measure_kernels(self, tokens: Sequence[int] = (1, 32, 512)) -> list[dict[str, Any]]:
         """Time every distinct product compiled so far, beside what the machine was measured to do.

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fxcompress.edits import CompressionState
 from fxcompress.errors import BindingError
 from fxcompress.form_inputs import TensorRef, tensor_in
-from fxcompress.forms import CodebookWeight, QuantizedWeight, SiteForm
+from fxcompress.forms import (
+    CodebookWeight,
+    FloatWeight,
+    QuantizedWeight,
+    SiteForm,
+    SparseQuantizedWeight,
+    SparseWeight,
+)
 
 PackedTerm = QuantizedWeight | CodebookWeight
-"""Terms that backends have layouts of their own for."""
+"""Terms of dense codes, which every backend has layouts for."""
+_Packable = PackedTerm | FloatWeight | SparseWeight | SparseQuantizedWeight
 
 
 class WeightLayouter(Protocol):
@@ -41,6 +50,14 @@ class WeightStore:
         self._packed: dict[tuple[str, tuple[TensorRef, ...]], dict[str, Tensor]] = {}
         self._raw: dict[TensorRef, Tensor] = {}
         self.executable: WeightStore | None = None  # a backend's own view, see backends/cpu/sparse.py
+        self._device: torch.device | None = None
+
+    def place(self, device: torch.device) -> None:
+        """Keep tensors on ``device`` from now on; what was packed elsewhere is dropped."""
+        if self._device is not None and self._device != device:
+            self._packed.clear()
+            self._raw.clear()
+        self._device = device
 
     def form(self, name: str) -> SiteForm | None:
         """The form of ``name``, with its tensors."""
@@ -55,13 +72,15 @@ class WeightStore:
         key = (layout.name, tuple(terms))
         if key not in self._packed:
             found = [self._coded(ref) for ref in terms]
-            self._packed[key] = {tensor: value.contiguous() for tensor, value in layout.pack(found).items()}
+            self._packed[key] = {
+                tensor: self._placed(value.contiguous()) for tensor, value in layout.pack(found).items()
+            }
         return self._packed[key]
 
-    def _coded(self, ref: TensorRef) -> PackedTerm:
+    def _coded(self, ref: TensorRef) -> _Packable:
         form = self.form(ref.name)
         part = dict(form.parts()).get(ref.path) if form is not None else None
-        if not isinstance(part, PackedTerm):
+        if not isinstance(part, _Packable):
             raise BindingError(f"{ref.name}: no weight of codes at {ref.path} to pack.")
         return part
 
@@ -71,8 +90,11 @@ class WeightStore:
             form = self.form(ref.name)
             if form is None:
                 raise BindingError(f"{ref.name}: has no form any more.")
-            self._raw[ref] = tensor_in(form, ref)
+            self._raw[ref] = self._placed(tensor_in(form, ref))
         return self._raw[ref]
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor if self._device is None else tensor.to(self._device)
 
     def resident_tensors(self) -> list[Tensor]:
         """Every tensor the store keeps in memory."""

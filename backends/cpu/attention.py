@@ -48,14 +48,14 @@ def lower(node: fx.Node, value_of: Callable[[Any], Any], isa: Isa) -> Tensor | N
     return _two_products(node, value_of) if _decodes(node) else None
 
 
-def is_plain(node: fx.Node) -> bool:
-    """Whether ``node`` is an attention of batched heads without dropout."""
+def is_plain(node: fx.Node, devices: tuple[str, ...] = ("cpu",)) -> bool:
+    """Whether ``node`` is an attention of batched heads without dropout, on one of some kinds of devices."""
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
     if node.kwargs.get("dropout_p", 0.0) or (len(node.args) > 4 and node.args[4]):
         return False
     operands = [_tensor(argument) for argument in node.args[:3]]
-    if any(tensor is None or tensor.dim() != 4 or tensor.device.type != "cpu" for tensor in operands):
+    if any(tensor is None or tensor.dim() != 4 or tensor.device.type not in devices for tensor in operands):
         return False
     query, key, value = (tensor for tensor in operands if tensor is not None)
     mask = _tensor(mask_of(node))

@@ -27,7 +27,7 @@ from fxcompress.backends.cpu.isa import Isa
 from fxcompress.cache_record import from_text
 from fxcompress.errors import FxCompressError
 
-__all__ = ["Fused", "find_fused"]
+__all__ = ["Fused", "chain", "find_fused"]
 
 logger = logging.getLogger("fxcompress.backends")
 aten = torch.ops.aten
@@ -69,10 +69,10 @@ def find_fused(graph: fx.Graph, isa: Isa) -> Fused:
     """Attentions of a block that read a packed cache which nothing else reads."""
     found = Fused()
     for node in graph.nodes:
-        chain = _chain(node)
-        if chain is None:
+        links = chain(node)
+        if links is None:
             continue
-        update, between = chain
+        update, between = links
         number = _kernel(update, isa)
         if number is not None:
             found.forms[node] = (update, number)
@@ -80,9 +80,9 @@ def find_fused(graph: fx.Graph, isa: Isa) -> Fused:
     return found
 
 
-def _chain(node: fx.Node) -> tuple[fx.Node, set[fx.Node]] | None:
+def chain(node: fx.Node, devices: tuple[str, ...] = ("cpu",)) -> tuple[fx.Node, set[fx.Node]] | None:
     """The update whose keys and values are all that ``node`` attends to, and the nodes between."""
-    if not attention.is_plain(node) or attention.is_causal(node):
+    if not attention.is_plain(node, devices) or attention.is_causal(node):
         return None
     between: set[fx.Node] = set()
     updates = []

@@ -114,6 +114,11 @@ class CodebookLinear(Kernel):
             return f"activations are {spec.dtype}"
         return ensure_kernel(codebook_form(spec), self.isa)
 
+    @staticmethod
+    def form(spec: LinearSpec) -> CodebookForm:
+        """The kernel form of a use."""
+        return codebook_form(spec)
+
     def describe(self, spec: LinearSpec) -> str:
         """See :meth:`Kernel.describe`."""
         return f"{self.name} {codebook_form(spec).title.removeprefix('codebook-linear-')}"

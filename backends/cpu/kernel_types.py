@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ class LinearSpec:
         table: ``"shared"`` or ``"rows"`` for codes that index one table, or one per row; else None.
         tokens: Number of activation rows when known while compiling, else None (then taken to be many).
         dtype: Of the activations.
+        scaled: Whether there are scales at all (a table may have none).
     """
 
     bits: int
@@ -38,6 +41,7 @@ class LinearSpec:
     dtype: torch.dtype
     activation_bits: int = 8
     table: str | None = None
+    scaled: bool = True
 
     @property
     def many_rows(self) -> bool:
@@ -58,6 +62,20 @@ class QuantizedInput:
     scale: Tensor  # [..., 1] or 0-d
     zero: Tensor | None  # 0-d
     source: Tensor  # [..., K], what was quantized
+
+
+class SinglePlan(NamedTuple):
+    """How a product with a weight of its own kind is computed.
+
+    Args:
+        layout: How the weight lies.
+        position: Of one of its tensors among the block inputs.
+        run: ``(x [..., K], packed, bias or None)`` → the product.
+    """
+
+    layout: Layout
+    position: int
+    run: Callable[[Tensor, dict[str, Tensor], Tensor | None], Tensor]
 
 
 class Kernel(abc.ABC):

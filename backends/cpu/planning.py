@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel
 from fxcompress.backends.cpu.epilogues import PLAIN, FusedProduct, find_epilogues
 from fxcompress.backends.cpu.experts import ExpertsPlan, plan_experts, weight_of_experts
-from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec
+from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, SinglePlan
 from fxcompress.backends.cpu.layouts import Layout
 from fxcompress.backends.cpu.selection import choose_embedding, choose_kernel, this_machine
 
@@ -61,6 +61,7 @@ class Plan:
         specs: First linear → spec.
         embeddings: Embedding node → its kernel, the table, and the position of its codes.
         experts: Product with several matrices → its plan.
+        singles: Product of another kind of weight (sparse, 8-bit floats) → its kernel.
         choices: Text per linear or such product, for explanations.
         fused: Node whose value a product gives together with what follows it → that product.
         layouts: First linear → how its weight lies.
@@ -74,6 +75,7 @@ class Plan:
     specs: dict[fx.Node, LinearSpec] = field(default_factory=dict)
     embeddings: dict[fx.Node, EmbeddingPlan] = field(default_factory=dict)
     experts: dict[fx.Node, ExpertsPlan] = field(default_factory=dict)
+    singles: dict[fx.Node, SinglePlan] = field(default_factory=dict)
     choices: dict[fx.Node, str] = field(default_factory=dict)
     fused: dict[fx.Node, FusedProduct] = field(default_factory=dict)
     layouts: dict[fx.Node, Layout] = field(default_factory=dict)
@@ -86,6 +88,7 @@ def make_plan(
     siblings: Sequence[Sequence[fx.Node]],
     term: Callable[[fx.Node], object],
     outputs: Sequence[fx.Node],
+    choose: Callable[[LinearSpec], tuple[Kernel | None, str]] | None = None,
 ) -> Plan:
     """Choose a kernel for every quantized linear of a block.
 
@@ -95,6 +98,8 @@ def make_plan(
         siblings: Groups of linears that share one product.
         term: Which weight the codes that an input takes belong to, for messages.
         outputs: What is read of the block elsewhere.
+        choose: What chooses the kernel of a linear on another device than the CPU, where embeddings and
+            experts are left to the graph. Default: the CPU's kernels.
     """
     plan = Plan()
     position = {node: index for index, node in enumerate(inputs)}
@@ -107,7 +112,7 @@ def make_plan(
     for first, group in wanted.items():
         spec = _group_spec(group)
         kernel, reason = (
-            choose_kernel(spec) if spec is not None else (None, "more than one matrix per weight")
+            (choose or choose_kernel)(spec) if spec is not None else (None, "more than one matrix per weight")
         )
         for node in group:
             plan.choices[node] = reason
@@ -120,8 +125,9 @@ def make_plan(
             plan.members[node] = (first, index)
             plan.codes[node] = position[dequantize_of(node).codes]
     _plan_epilogues(plan, outputs)
-    _plan_embeddings(plan, nodes, position)
-    _plan_experts(plan, nodes, position)
+    if choose is None:
+        _plan_embeddings(plan, nodes, position)
+        _plan_experts(plan, nodes, position)
     return plan
 
 
@@ -203,6 +209,7 @@ def _spec_of(dequantize: fx.Node, x: fx.Node, tokens: int | None) -> LinearSpec:
         tokens=tokens,
         dtype=weight.dtype,
         table=table,
+        scaled=table is None or weight.third is not None,
     )
 
 
@@ -296,5 +303,7 @@ def needed_layouts(plan: Plan) -> list[tuple[Layout, tuple[int, ...]]]:
         for first, layout in plan.layouts.items()
     ]
     needed += [(embedding.kernel.layout, (embedding.position,)) for embedding in plan.embeddings.values()]
-    needed += [(experts.layout, (experts.position,)) for experts in plan.experts.values()]
+    needed += [
+        (other.layout, (other.position,)) for other in (*plan.experts.values(), *plan.singles.values())
+    ]
     return list(dict.fromkeys(needed))

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ from fxcompress.form_inputs import TensorRef
 from fxcompress.store import WeightStore
 
 
+class Explains(Protocol):
+    """A target as far as it is asked here, see :mod:`fxcompress.backends.target`."""
+
+    def reason(self, spec: LinearSpec) -> tuple[str, str, str]:
+        """Why a use has its kernel, the generated kernel's name, and its source."""
+        ...
+
+
 @dataclass(frozen=True)
 class KernelUse:
     """One product of a compiled model: its spec, the terms (siblings together) it reads, and how they lie."""
@@ -31,6 +39,7 @@ class KernelUse:
     spec: LinearSpec
     terms: tuple[TensorRef, ...]
     layout: Layout
+    target: Explains
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -95,6 +95,22 @@ def choose_kernel(spec: LinearSpec, machine: Machine | None = None) -> tuple[Ker
     return None, "; ".join(refusals)
 
 
+def why(spec: LinearSpec, machine: Machine | None = None) -> tuple[str, str, str]:
+    """Why a use has its kernel (what was asked before), the generated kernel's name, and its source."""
+    where = machine or this_machine()
+    refusals = []
+    for kernel in candidates(where, spec.table is not None):
+        reason = kernel.refuses(spec)
+        if reason is not None:
+            refusals.append(f"{kernel.name}: {reason.splitlines()[0]}")
+            continue
+        form = getattr(kernel, "form", None)
+        title, source = ("", "") if form is None else (form(spec).title, form(spec).render(where.isa))
+        passed = f"; passed over: {'; '.join(refusals)}" if refusals else ""
+        return f"first of the kernels for this machine that serves the use{passed}", title, source
+    return f"no kernel serves the use: {'; '.join(refusals)}", "", ""
+
+
 def choose_embedding(spec: LinearSpec, machine: Machine | None = None) -> EmbeddingKernel | None:
     """The first embedding kernel that serves a table, or None."""
     isa = (machine or this_machine()).isa

@@ -1,0 +1,228 @@
+"""Tile sizes of product kernels: what there is to choose from, and a model of what each choice costs.
+
+The model is a roofline per choice: memory, matrix units, decoding in ordinary instructions, and how well the
+programs fill the device. It prunes what is measured where measuring was asked for, and decides elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fxcompress.backends.triton.bytes_form import BytesForm
+from fxcompress.backends.triton.devices import Device
+from fxcompress.backends.triton.linear_form import GemvForm, LinearForm
+from fxcompress.backends.triton.sparse_form import SparseForm
+from fxcompress.errors import BackendError
+
+__all__ = ["Config", "Shape", "best", "candidates", "cost", "row_bucket"]
+
+ProductForm = LinearForm | BytesForm | SparseForm
+BUCKETS = (1, 16, 32, 64, 128, 256, 1024, 4096)
+"""Numbers of rows that choices are made for; others count as the next larger one."""
+_LAUNCH = 3e-6  # seconds a kernel takes that does nothing, in a graph of kernels
+_INT32 = 1 << 31
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a product: ``[M, K] × [K, N]``."""
+
+    m: int
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a product is divided.
+
+    Args:
+        block_m, block_n: Rows and outputs of a program.
+        block_k: Inputs read at once (products of bytes; else the form's chunk).
+        splits: Programs that share the inputs of one tile; their parts are summed by a second kernel.
+        warps: Of a program.
+        stages: Of the pipeline of loads.
+        scale_weight: Scale weights before they are multiplied, not the products of a chunk.
+        gemv: Without matrix units, for one row.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    warps: int
+    stages: int
+    scale_weight: bool = False
+    gemv: bool = False
+
+    def constants(self, form: ProductForm) -> dict[str, Any]:
+        """Compile-time arguments of the form's kernel."""
+        if isinstance(form, BytesForm):
+            return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP_M": 8}
+        found: dict[str, Any] = {"BLOCK_N": self.block_n, "SPLITS": self.splits}
+        if isinstance(form, GemvForm):
+            return found
+        found["BLOCK_M"] = self.block_m
+        if isinstance(form, LinearForm):
+            found["SCALE_WEIGHT"] = self.scale_weight
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """For files."""
+        return asdict(self)
+
+
+def row_bucket(rows: int) -> int:
+    """The number of rows a choice is made for."""
+    return next((bucket for bucket in BUCKETS if rows <= bucket), BUCKETS[-1])
+
+
+def check_shape(shape: Shape, form: ProductForm) -> None:
+    """Refuse sizes whose offsets inside a tile would not fit 32 bits; those between tiles have 64.
+
+    Raises:
+        BackendError: naming the size.
+    """
+    for name, size in (("outputs", shape.n), ("inputs", shape.k)):
+        if size * 256 >= _INT32:
+            raise BackendError(f"{form.title}: {size} {name}, more than {_INT32 // 256 - 1}.")
+
+
+def candidates(form: ProductForm, shape: Shape, device: Device) -> Iterator[Config]:
+    """Configurations that fit the device, none of them plainly useless for the shape."""
+    for block_m in (16, 32, 64, 128):
+        if block_m > 16 and block_m >= 2 * shape.m:
+            continue
+        if block_m < 64 and shape.m > 8 * block_m:
+            continue
+        for block_n in (32, 64, 128, 256):
+            if (block_n > 32 and block_n >= 2 * shape.n) or block_m * block_n > 128 * 128:
+                continue
+            warps = 8 if block_m * block_n >= 128 * 128 else 4
+            for stages in (2, 3, 4):
+                for block_k in form.block_k if isinstance(form, BytesForm) else (form.chunk,):
+                    for splits in _splits(form, shape, block_m, block_n, device):
+                        config = Config(block_m, block_n, block_k, splits, warps, stages, block_m >= 64)
+                        if shared_bytes(form, config) <= device.shared:
+                            yield config
+    if shape.m == 1 and isinstance(form, LinearForm) and gemv_form(form) is not None:
+        for block_n in (32, 64, 128):
+            for splits in _splits(form, shape, 1, block_n, device):
+                yield Config(1, block_n, form.chunk, splits, 4, 3, gemv=True)
+
+
+def gemv_form(form: LinearForm) -> GemvForm | None:
+    """The form of the same product for one row, or None."""
+    if form.activation or form.rank or form.outliers:
+        return None
+    return GemvForm(**vars(form))
+
+
+def _splits(form: ProductForm, shape: Shape, block_m: int, block_n: int, device: Device) -> Iterator[int]:
+    yield 1
+    if isinstance(form, BytesForm):
+        return
+    programs = math.ceil(shape.m / block_m) * math.ceil(shape.n / block_n)
+    chunks = math.ceil(shape.k / form.chunk)
+    for splits in (2, 4, 8, 16):
+        if 2 * splits <= chunks and programs * splits <= 8 * device.processors:
+            yield splits
+
+
+def shared_bytes(form: ProductForm, config: Config) -> int:
+    """Shared memory, estimated: the stages of both operands, and a decoded plane."""
+    if isinstance(form, BytesForm):
+        widened = 2 * config.block_k * (config.block_m + config.block_n) if form.emulated else 0
+        return config.stages * config.block_k * (config.block_m + config.block_n) + widened
+    if config.gemv:
+        return 4096
+    if isinstance(form, SparseForm):
+        codes = 96 * config.block_n * form.bits // 4
+        return config.stages * (codes + 256 * config.block_m) + 2 * 128 * config.block_n
+    codes = form.words * form.step * form.word // 8 * config.block_n
+    rows = form.chunk * config.block_m * (1 if form.activation else 2)
+    extra = 2 * form.chunk * form.rank
+    decoded = form.step * config.block_n * (2 if config.block_m >= 64 else 0) * form.chunk // form.step
+    return config.stages * (codes + rows + extra) + decoded
+
+
+def weight_bytes(form: ProductForm, shape: Shape) -> float:
+    """Bytes of codes and scales."""
+    numbers = shape.n * shape.k
+    if isinstance(form, BytesForm):
+        return numbers + (4 * numbers / form.group / form.block_rows if form.group else 4 * shape.n)
+    if isinstance(form, SparseForm):
+        scales = (2 + form.zero) * numbers / form.group if form.group else 4 * shape.n
+        return numbers * form.bits / 16 + numbers / 8 + (scales if form.bits < 16 else 0)
+    per_scale = {"float32": 4, "bfloat16": 2}.get(form.scale_dtype, 1) + form.zero
+    scales = shape.n * (math.ceil(shape.k / form.group) if form.group else 1) * per_scale
+    return numbers * form.stored_bits / 8 + scales
+
+
+def decode_instructions(form: ProductForm, config: Config) -> float:
+    """Ordinary instructions per weight of a tile, counted from the templates."""
+    if isinstance(form, BytesForm):
+        return 4.0 if form.emulated else 0.0
+    if isinstance(form, SparseForm):
+        return 5.0
+    value = {"int": 2.0, "table": 5.0, "row-table": 6.0, "e4m3": 3.0, "e5m2": 2.0, "e2m1": 3.0}[form.values]
+    if form.stored_bits == 3:
+        value += 1.0
+    if form.input == "bfloat16":
+        value += 1.0
+    if config.gemv:
+        return value + 2.0
+    scaled = form.scale_place in ("pair", "plane", "element") or config.scale_weight
+    return value + (2.5 if scaled and form.scale == "group" else 0.0)
+
+
+def cost(form: ProductForm, config: Config, shape: Shape, device: Device) -> float:
+    """Seconds a product takes, estimated."""
+    blocks_m = math.ceil(shape.m / config.block_m)
+    blocks_n = math.ceil(shape.n / config.block_n)
+    programs = blocks_m * blocks_n * config.splits
+    resident = max(
+        1, min(8, 2048 // (32 * config.warps), device.shared // max(1, shared_bytes(form, config)))
+    )
+    waves = math.ceil(programs / (device.processors * resident))
+    filled = programs / (waves * device.processors * resident)
+    # Memory is busy when a third of the places for programs are taken; arithmetic follows the processors.
+    busy = min(1.0, programs / device.processors / max(1, math.ceil(programs / device.processors)))
+    size = weight_bytes(form, shape)
+    moved = size + 2 * shape.m * (shape.k + shape.n)
+    again = size * (blocks_m - 1) + 2 * shape.m * shape.k * (
+        blocks_n - 1
+    )  # served by the cache where it fits
+    if config.splits > 1:
+        moved += 8 * config.splits * shape.m * shape.n
+    memory = moved / device.bandwidth / min(1.0, 3 * filled) + again / (4 * device.bandwidth)
+    rate = device.bytes_rate if _bytes(form) else device.half
+    product = 2 * blocks_m * config.block_m * shape.n * shape.k / (rate * busy)
+    if config.gemv:
+        product = 0.0
+    work = blocks_m * shape.n * shape.k * decode_instructions(form, config)
+    decode = work / (device.processors * 128 * device.clock * busy)
+    launches = 2 if config.splits > 1 else 1
+    return max(memory, product, decode) + 0.25 * min(product, decode) + launches * _LAUNCH
+
+
+def _bytes(form: ProductForm) -> bool:
+    if isinstance(form, BytesForm):
+        return not form.emulated
+    return isinstance(form, LinearForm) and form.activation is not None
+
+
+def ranked(form: ProductForm, shape: Shape, device: Device) -> list[Config]:
+    """Candidates, the cheapest by the model first; equal ones in a fixed order."""
+    found = {config: cost(form, config, shape, device) for config in candidates(form, shape, device)}
+    if not found:
+        raise BackendError(f"{form.title}: no configuration fits {device.name} for {shape}.")
+    return sorted(found, key=lambda config: (found[config], *(str(v) for v in config.to_dict().values())))
+
+
+def best(form: ProductForm, shape: Shape, device: Device) -> Config:
+    """The cheapest configuration by the model."""
+    return ranked(form, shape, device)[0]

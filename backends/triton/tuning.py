@@ -1,0 +1,148 @@
+"""Which configuration runs: one measured on this device before, else the model's choice.
+
+Measuring is asked for, never done by surprise (``FXCOMPRESS_TRITON_TUNE=1``, or :func:`tune`): equal devices
+then compute equal results, and compiling a dozen kernels per shape takes a minute that nobody expects.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxcompress.backends.triton.configs import Config, ProductForm, Shape, best, cost, ranked
+from fxcompress.backends.triton.devices import KNOWN, Device, device_of
+from fxcompress.backends.triton.generator import interpreted, source_folder
+
+__all__ = ["TUNE_VARIABLE", "Choices", "choose", "current_device", "tune"]
+
+logger = logging.getLogger("fxcompress.backends")
+TUNE_VARIABLE = "FXCOMPRESS_TRITON_TUNE"
+MOST_MEASURED = 12
+"""Configurations that are measured: the first by the model."""
+
+
+def current_device(tensor_device: torch.device) -> Device:
+    """The device of a tensor; for the interpreter, which has none, the first known one of capability 9.0."""
+    if tensor_device.type == "cuda" and torch.cuda.is_available():
+        return device_of(tensor_device)
+    return next(device for device in KNOWN if device.capability == 90)
+
+
+class Choices:
+    """Measured choices of one device, kept in a file.
+
+    Args:
+        device: The device.
+        folder: Default: beside the generated sources.
+    """
+
+    def __init__(self, device: Device, folder: Path | None = None) -> None:
+        name = "".join(c if c.isalnum() else "-" for c in device.name)
+        self.path = (folder or source_folder()) / f"tuned-{name}-{device.capability}.json"
+        self._known = self._read()
+
+    def get(self, form: ProductForm, shape: Shape) -> Config | None:
+        """The measured choice, or None."""
+        found = self._known.get(_key(form, shape))
+        return None if found is None else Config(**found["config"])
+
+    def put(self, form: ProductForm, shape: Shape, config: Config, seconds: float) -> None:
+        """Keep a choice; written aside and renamed, merged with what other processes kept meanwhile."""
+        entry = {"config": config.to_dict(), "seconds": seconds}
+        self._known = {**self._read(), **self._known, _key(form, shape): entry}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self._known, file, indent=1, sort_keys=True)
+            os.replace(aside, self.path)
+        except OSError as error:
+            logger.info("%s: measured choices are not kept (%s)", self.path, error)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def _key(form: ProductForm, shape: Shape) -> str:
+    return f"{form.title} {shape.m}x{shape.n}x{shape.k}"
+
+
+@functools.cache
+def _choices(device: Device) -> Choices:
+    return Choices(device)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(form: ProductForm, shape: Shape, device: Device) -> Config:
+    """The configuration for a shape: measured, else the cheapest by the model."""
+    return _choices(device).get(form, shape) or best(form, shape, device)
+
+
+def tune(
+    form: ProductForm, shape: Shape, device: Device, run: Callable[[Config], object]
+) -> list[dict[str, Any]]:
+    """Measure the most promising configurations and keep the fastest.
+
+    Args:
+        form: Of the kernel.
+        shape: Sizes to measure with.
+        device: The device.
+        run: Runs the product with a configuration.
+
+    Returns:
+        One row per configuration: ``config``, ``seconds`` (None where it failed), ``predicted``.
+    """
+    rows: list[dict[str, Any]] = []
+    for config in ranked(form, shape, device)[:MOST_MEASURED]:
+        row = {"config": config.to_dict(), "predicted": cost(form, config, shape, device)}
+        try:
+            row["seconds"] = measure(lambda config=config: run(config))  # type: ignore[misc]
+        except Exception as error:  # a configuration that does not fit is no reason to fail
+            logger.info("%s %s: %s", form.title, config, error)
+            row["seconds"] = None
+        rows.append(row)
+    timed = [row for row in rows if row["seconds"] is not None]
+    if timed:
+        fastest = min(timed, key=lambda row: row["seconds"])
+        _choices(device).put(form, shape, Config(**fastest["config"]), fastest["seconds"])
+        choose.cache_clear()
+    return rows
+
+
+def measure(work: Callable[[], object], repeats: int = 20) -> float:
+    """Seconds of one call: the median of several, by the device's own clock where there is one."""
+    import statistics
+    import time
+
+    work()
+    if interpreted() or not torch.cuda.is_available():
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    samples = []
+    for _ in range(repeats):
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()  # type: ignore[no-untyped-call]
+        work()
+        after.record()  # type: ignore[no-untyped-call]
+        after.synchronize()  # type: ignore[no-untyped-call]
+        samples.append(before.elapsed_time(after) / 1e3)  # type: ignore[no-untyped-call]
+    return statistics.median(samples)
+
+
+def tuning_is_on() -> bool:
+    """Whether shapes without a measured choice are measured when they first run."""
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return os.environ.get(TUNE_VARIABLE, "0") == "1" and not capturing and not interpreted()

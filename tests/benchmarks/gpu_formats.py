@@ -1,0 +1,148 @@
+"""Formats of products that tests/benchmarks/gpu.py measures, and torch's own beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcompress.backends.triton.bytes_form import BytesForm
+from fxcompress.backends.triton.configs import Config, gemv_form
+from fxcompress.backends.triton.launch import run_product
+from fxcompress.backends.triton.linear_form import LinearForm
+from fxcompress.backends.triton.sparse_form import SparseForm
+from fxcompress.backends.triton.tuning import measure
+
+GROUP = 128
+Made = tuple[Any, Tensor, dict[str, Tensor]]
+
+
+def words(form: LinearForm, x: Tensor, outputs: int) -> dict[str, Tensor]:
+    """Random codes and scales of a form."""
+    chunks, device = -(-x.shape[1] // form.chunk), x.device
+    groups = -(-x.shape[1] // form.group) if form.group else 1
+    count = chunks * form.words * form.step
+    dtype = {8: torch.int8, 16: torch.int16, 32: torch.int32}[form.word]
+    info = torch.iinfo(dtype)
+    found = {"words": torch.randint(info.min, info.max, (count, outputs), dtype=dtype, device=device)}
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(form.scale_dtype)
+    scale = torch.full((groups, outputs), 0.01, device=device)
+    found["scale"] = scale.to(kind) if kind else torch.full_like(scale, 120).to(torch.uint8)
+    if form.zero:
+        found["zero"] = torch.randint(0, 16, (groups, outputs), dtype=torch.uint8, device=device)
+    if form.values == "table":
+        found["table"] = torch.linspace(-1, 1, 1 << form.bits, device=device)
+    return found
+
+
+def _words(form: LinearForm) -> Callable[[Tensor, int], Made]:
+    def make(x: Tensor, outputs: int) -> Made:
+        if form.activation is None:
+            return form, x, words(form, x, outputs)
+        q = torch.randint(-127, 127, x.shape, dtype=torch.int8, device=x.device)
+        scale = torch.full((x.shape[0],), 0.01, device=x.device)
+        return form, q, {**words(form, x, outputs), "x_scale": scale}
+
+    return make
+
+
+def _bytes(codes: str) -> Callable[[Tensor, int], Made]:
+    def make(x: Tensor, outputs: int) -> Made:
+        emulated = codes != "int8" and not small_floats(x.device)
+        form = BytesForm(codes, False, 1, 0, 0, "bfloat16", False, emulated)
+        w = torch.randint(-100, 100, (outputs, x.shape[1]), dtype=torch.int8, device=x.device)
+        q = torch.randint(-100, 100, x.shape, dtype=torch.int8, device=x.device)
+        if codes != "int8":
+            w, q = w.view(torch.float8_e4m3fn), q.view(torch.float8_e4m3fn)
+        scale = torch.full((1, outputs), 0.01, device=x.device)
+        return form, q, {"w": w, "scale": scale, "x_scale": torch.full((x.shape[0],), 0.01, device=x.device)}
+
+    return make
+
+
+def _sparse(x: Tensor, outputs: int) -> Made:
+    form = SparseForm(16, False, 0, "bfloat16")
+    chunks = -(-x.shape[1] // form.chunk)
+    pairs = torch.full((chunks * 32, outputs), 0x3C003C00, dtype=torch.int32, device=x.device)
+    places = torch.full((chunks * 16, outputs), 0x44, dtype=torch.uint8, device=x.device)
+    return form, x, {"pairs": pairs, "places": places}
+
+
+def small_floats(device: torch.device) -> bool:
+    """Whether the device multiplies 8-bit floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _int(bits: int, activation: str | None = None) -> LinearForm:
+    return LinearForm("int", bits, activation is None, "group", GROUP, "bfloat16", "bfloat16", activation)
+
+
+FORMATS: dict[str, Callable[[Tensor, int], Made]] = {
+    "w4a16 g128": _words(_int(4)),
+    "w8a8": _bytes("int8"),
+    "fp8": _bytes("e4m3"),
+    "w4a8 g128": _words(_int(4, "int8")),
+    "w2a16 g128": _words(_int(2)),
+    "w3a16 g128": _words(_int(3)),
+    "w8a16 g128": _words(_int(8)),
+    "nf4 g64": _words(LinearForm("table", 4, False, "group", 64, "bfloat16", "bfloat16")),
+    "mxfp4": _words(LinearForm("e2m1", 4, False, "group", 32, "e8m0", "bfloat16")),
+    "2:4 generated": _sparse,
+}
+
+
+def run(form: Any, config: Config, x: Tensor, tensors: dict[str, Tensor], outputs: int) -> Tensor:
+    """The product with a configuration."""
+    if config.gemv:
+        form = gemv_form(form)
+    return run_product(form, config, x, tensors, outputs)
+
+
+def torch_products(x: Tensor, outputs: int, model: str) -> Iterator[dict[str, Any]]:
+    """torch's own products of the same sizes; what is missing here has the error instead of a time."""
+    m, inputs = x.shape
+    w = torch.randn(outputs, inputs, device=x.device, dtype=torch.bfloat16)
+    q = torch.randint(-100, 100, (max(m, 32), inputs), dtype=torch.int8, device=x.device)
+    codes = torch.randint(-100, 100, (outputs, inputs), dtype=torch.int8, device=x.device)
+    one = torch.ones((), device=x.device)
+
+    def scaled() -> Tensor:
+        a, b = q[: max(m, 16)].view(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn)
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+
+    def int4() -> Callable[[], Tensor]:
+        packed = torch._convert_weight_to_int4pack(codes.view(torch.uint8)[:, : inputs // 2].contiguous(), 8)
+        scales = torch.ones(inputs // GROUP, outputs, 2, device=x.device, dtype=torch.bfloat16)
+        return lambda: torch._weight_int4pack_mm(x, packed, GROUP, scales)
+
+    def semi_structured() -> Callable[[], Tensor]:
+        from torch.sparse import to_sparse_semi_structured
+
+        mask = torch.tensor([1, 1, 0, 0], device=x.device, dtype=torch.bool).repeat(outputs, inputs // 4)
+        sparse = to_sparse_semi_structured(w * mask)
+        return lambda: torch.nn.functional.linear(x, sparse)
+
+    rows: dict[str, Callable[[], Callable[[], object]]] = {
+        "torch bf16": lambda: lambda: x @ w.t(),
+        "torch int8 (_int_mm, 32 rows at least)": lambda: lambda: torch._int_mm(q, codes.t()),
+        "torch fp8 (_scaled_mm, 16 rows at least)": lambda: scaled,
+        "torch int4 (_weight_int4pack_mm)": int4,
+        "torch 2:4": semi_structured,
+        "torchao int4": lambda: _torchao(w, x),
+    }
+    for name, make in rows.items():
+        row = {"format": name, "model": model, "outputs": outputs, "inputs": inputs, "rows": m}
+        try:
+            yield {**row, "seconds": measure(make())}
+        except Exception as error:
+            yield {**row, "seconds": None, "error": str(error).splitlines()[0][:200]}
+
+
+def _torchao(w: Tensor, x: Tensor) -> Callable[[], object]:
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=w.dtype)
+    quantize_(layer, Int4WeightOnlyConfig(group_size=GROUP))
+    return lambda: layer(x)
