@@ -14,6 +14,7 @@ from fxcompress.presets import recipes
 from fxcompress.recipe import Recipe
 from fxcompress.registry import register_pass
 from fxcompress.report import Report
+from fxcompress.training.distillation import distill
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "Report",
     "__version__",
     "compress",
+    "distill",
     "load",
     "recipes",
     "register_pass",

@@ -3,10 +3,10 @@
     min over weights, scales or branches of  Σ tokens D(original(x) ‖ compressed(x; rounded, masked, cut))
 
 What is trained stays in its form: codes are rounded anew in every step and gradients pass straight through
-(Liu et al., 2023, LLM-QAT, arXiv:2305.17888; learned steps: Esser et al., 2020, LSQ, arXiv:1902.08153), scales
-alone (Kim et al., 2023, PEQA, arXiv:2305.14152), or low-rank branches beside frozen weights (Hu et al., 2021,
-LoRA, arXiv:2106.09685; Dettmers et al., 2023, QLoRA, arXiv:2305.14314). Keeps: every shape, masks, number
-formats.
+(Liu et al., 2023, LLM-QAT, arXiv:2305.17888; learned steps: Esser et al., 2020, LSQ, arXiv:1902.08153),
+scales alone (Kim et al., 2023, PEQA, arXiv:2305.14152), or low-rank branches beside frozen weights (Hu et
+al., 2021, LoRA, arXiv:2106.09685; Dettmers et al., 2023, QLoRA, arXiv:2305.14314). Keeps: every shape, masks,
+number formats.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fxcompress.passes._selection import SelectivePass
 from fxcompress.training.catalogue import objective_from
 from fxcompress.training.data import as_training
 from fxcompress.training.graph import TrainingGraph
-from fxcompress.training.loop import TrainingResult, train
+from fxcompress.training.loop import train
 from fxcompress.training.objective import Objective
 from fxcompress.training.options import TrainingOptions
 from fxcompress.training.trainable import PARTS, Steps, What
@@ -139,7 +139,9 @@ class Distill(SelectivePass):
         """Train; the edits of every block."""
         self.check_patterns(model.program)
         if model.data is None:
-            raise CalibrationError(f"{self.name}: there are no data to learn from.", fix="pass calibration=….")
+            raise CalibrationError(
+                f"{self.name}: there are no data to learn from.", fix="pass calibration=…."
+            )
         seed = int(torch.randint(0, 2**31, (), generator=model.generator))
         learned, held = as_training(model.data, model.program).split(self.held_out)
         plan, original = Plan(model.program), Plan(model.original)
@@ -155,7 +157,7 @@ class Distill(SelectivePass):
             checkpoint=model.folder,
             progress=model.progress,
         )
-        return _by_block(plan, list(student.trainable.edits(_reason(result))))
+        return _by_block(plan, list(student.trainable.edits(result.describe())))
 
     def solve(self, block: BlockContext) -> Iterator[Edit]:
         """Yield what training made of the block's parameters."""
@@ -170,8 +172,3 @@ def _by_block(plan: Plan, edits: Sequence[Edit]) -> dict[int, list[Edit]]:
         first = min((plan.block_of[user] for user in users if user in plan.block_of), default=0)
         found.setdefault(first, []).append(edit)
     return found
-
-
-def _reason(result: TrainingResult) -> str:
-    before, after = result.held_out[0][1], min(loss for _, loss in result.held_out)
-    return f"{result.objective}, {result.steps} steps, held-out loss {before:.3g} → {after:.3g}"

@@ -65,7 +65,8 @@ class What:
         parts: Any of ``"weights"`` (matrices: dense ones, latent weights behind codes, entries of sparse
             ones, factors), ``"embeddings"`` (tables that are looked up, tied heads included),
             ``"scales"`` (of codes, which stay: PEQA; and learned tables), ``"lora"`` (low-rank branches
-            beside frozen weights), ``"floats"`` (gains and biases) and ``"activations"`` (static scales of activations).
+            beside frozen weights), ``"floats"`` (gains and biases) and ``"activations"`` (static
+            scales of activations).
         steps: Scales of codes that are trained with ``"weights"``: ``"learned"`` (LSQ), ``"fixed"`` or
             ``"range"`` (found from the latent weight in every step: LLM-QAT).
         rank: Of LoRA branches.
