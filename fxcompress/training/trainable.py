@@ -31,6 +31,7 @@ from fxcompress.forms import (
     CodebookWeight,
     Component,
     DenseWeight,
+    DoubleQuantizedCodebook,
     FloatWeight,
     LowRank,
     QuantizedWeight,
@@ -181,6 +182,10 @@ class Trainable:
         """The term in the training graph; registers what of it is trained."""
         weights, scales = self._wants_matrix(name), self._wants("scales", name)
         dtype = self.program.weights[name].dtype
+        if isinstance(term, DoubleQuantizedCodebook):
+            if not weights and not scales:
+                return term
+            term = term.expanded()  # trained scales are not rounded to 8 bits
         if weights and isinstance(term, QuantizedWeight | CodebookWeight | FloatWeight):
             target = None
             if count == 1 and path.count(".") == 1:  # nothing else stands for a part of the weight
