@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fxcompress.errors import TrainingError
 from fxcompress.training.graph import TrainingGraph
 from fxcompress.training.options import TrainingOptions
 
-__all__ = ["device_of", "make_accelerator", "row_at"]
+__all__ = ["device_of", "keep_buffers_local", "make_accelerator", "row_at"]
 
 
 def row_at(position: int, rows: int, seed: int) -> int:
@@ -29,7 +31,7 @@ def device_of(graph: TrainingGraph) -> torch.device:
 def make_accelerator(options: TrainingOptions, device: torch.device) -> Any:
     """Accelerate's object, on the processor if the model lies there."""
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise TrainingError(
@@ -43,6 +45,10 @@ def make_accelerator(options: TrainingOptions, device: torch.device) -> Any:
         mixed_precision=options.precision,
         log_with="tensorboard" if options.log_dir is not None else None,
         project_dir=options.log_dir,
-        # Frozen weights are buffers, equal everywhere already: sending them in every step would be waste.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def keep_buffers_local(module: nn.Module) -> None:
+    """Frozen weights are buffers, equal in all processes: sending them in every step would be waste."""
+    names = [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fxcompress.errors import TrainingError
 from fxcompress.progress import ProgressEvent, ProgressOption, Reporter
 from fxcompress.training.data import TrainingData
-from fxcompress.training.devices import device_of, make_accelerator, row_at
+from fxcompress.training.devices import device_of, keep_buffers_local, make_accelerator, row_at
 from fxcompress.training.graph import Outputs, TrainingGraph
 from fxcompress.training.learner import Learner
 from fxcompress.training.objective import Models, Objective, Sequences, Step
@@ -137,6 +137,7 @@ class _Run:
         self.example = self._example(objective)
         layers = objective.layers(Models(student, teacher), self.example)
         self.learner = Learner(student, objective, layers).to(self.device)
+        keep_buffers_local(self.learner)
         self.learner.causal = self.causal
         self.key = options.fingerprint(
             data.fingerprint(), objective, [(n, tuple(p.shape)) for n, p in self.learner.named_parameters()]

@@ -33,7 +33,7 @@ _STATE, _PARAMETERS, _OPTIMIZER, _BEST = (
     "optimizer.safetensors",
     "best.safetensors",
 )
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE = StateDictOptions(full_state_dict=True)  # on every process: each keeps the best it has seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Snapshot:
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, whole and on the CPU, however the model is wrapped; every process must call it."""
     found: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
-    return {name: value.detach().clone() for name, value in found.items()}
+    return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -70,7 +70,7 @@ def take_snapshot(
     """The run as it is; every process must call it."""
     found: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     tensors = {
-        f"{name}|{entry}": torch.as_tensor(value).detach().clone()
+        f"{name}|{entry}": torch.as_tensor(value).detach().to("cpu", copy=True)
         for name, entries in found["state"].items()
         for entry, value in entries.items()
     }
