@@ -146,14 +146,12 @@ class AttentionMatch(Objective):
 
 
 def _weights(query: Tensor, key: Tensor, causal: bool) -> Tensor:
-    """Log of the attention weights, mean over heads: ``[B, T, S]``."""
+    """Log of the attention weights, mean over heads: ``[B, T, S]``; log 1e-12 where there is no attention."""
     scores = (query @ key.transpose(-1, -2)).float() / query.shape[-1] ** 0.5
     if causal and scores.shape[-1] == scores.shape[-2]:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -math.inf)
-    log_weights = torch.log_softmax(scores, -1)
-    mean: Tensor = log_weights.logsumexp(1) - math.log(log_weights.shape[1])
-    return mean
+        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, -1).mean(1).clamp_min(1e-12).log()
 
 
 @dataclass(frozen=True)

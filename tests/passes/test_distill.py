@@ -50,7 +50,7 @@ SPARSE = {"prune-magnitude": {"pattern": "2:4"}}
             {"train": ["weights", "activations"]},
             0.95,
         ),
-        ([{"prune-channels": {"amount": 0.3, "recover": True}}], {"train": ["lora", "floats"]}, 0.9),
+        ([{"prune-channels": {"amount": 0.3, "recover": True}}], {"train": ["lora", "floats"]}, 0.95),
     ],
 )
 def test_the_model_comes_nearer_to_the_original(

@@ -14,23 +14,18 @@ from fxcompress.errors import TrainingError
 from fxcompress.forms import LowRank
 from fxcompress.training.data import SelfGenerated
 from fxcompress.training.loop import TrainingResult
+from tests.engine.models import VOCABULARY, build
 from tests.zoo_causal import BODY, causal_lm
 
-IDS = [torch.randint(3, 128, (1, 16), generator=torch.Generator().manual_seed(i)) for i in range(16)]
-FAST: dict[str, Any] = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "progress": False}
+IDS = [torch.randint(3, VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(i)) for i in range(16)]
+FAST: dict[str, Any] = {"steps": 8, "batch_size": 4, "learning_rate": 3e-3, "progress": False}
+SMALL: dict[str, Any] = {**FAST, "example_inputs": IDS[0].expand(2, -1)}
+W3 = {"quantize-weights": {"bits": 3, "group_size": 8}}
 
 
 def llama(**options: Any) -> Any:
     torch.manual_seed(0)
     return causal_lm("LlamaConfig", {**BODY, **options}).eval()
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    made = llama()
-    with torch.no_grad():  # a random model predicts nothing; make it sure of something
-        made.lm_head.weight *= 20
-    return made
 
 
 def shrink(model: nn.Module, *recipe: Any) -> fxcompress.CompressedModel:
@@ -39,104 +34,107 @@ def shrink(model: nn.Module, *recipe: Any) -> fxcompress.CompressedModel:
     return small
 
 
+def distilled(student: Any, teacher: Any, **options: Any) -> fxcompress.CompressedModel:
+    made = fxcompress.distill(student, teacher, IDS, **{**SMALL, **options})
+    made.set_backend("eager")
+    return made
+
+
 def scores(model: Any) -> Tensor:
-    return model(IDS[0]).logits
+    found: Tensor = model(IDS[0])
+    return found.detach()
 
 
-W3 = {"quantize-weights": {"bits": 3, "group_size": 32}}
-CUT = {
-    "prune-channels": {"amount": 0.3, "target": "block-parameters", "importance": "flap", "max_amount": 0.9}
-}
+def gap(teacher: nn.Module, other: Any) -> float:
+    wanted, found = (torch.log_softmax(scores(m), -1) for m in (teacher, other))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
 
 @pytest.mark.parametrize(
     ("recipe", "parts"),
     [
         ([W3], ("weights", "floats")),
-        (
-            [{"quantize-codebook": {"double_quant": True}}, {"quantize-weights": {"only_remaining": True}}],
-            ("lora",),
-        ),
-        ([CUT], ("lora", "floats")),
+        ([{"quantize-codebook": {"group_size": 8, "heads": True, "double_quant": True}}], ("lora",)),
+        ([{"prune-channels": {"amount": 0.3}}], ("lora", "floats")),
         ([{"wanda": {"pattern": "2:4"}}, "pack-sparse"], ("weights",)),
     ],
 )
 def test_a_distilled_model_is_nearer_and_survives_saving(
-    model: Any, recipe: list[Any], parts: tuple[str, ...], tmp_path: Path
+    recipe: list[Any], parts: tuple[str, ...], tmp_path: Path
 ) -> None:
+    model = build()
     small = shrink(model, *recipe)
     results: list[TrainingResult] = []
-    healed = fxcompress.distill(small, model, IDS, train_parts=parts, on_result=results.append, **FAST)
-    healed.set_backend("eager")
+    healed = distilled(small, model, train_parts=parts, on_result=results.append)
     (result,) = results
     assert result.held_out[-1][1] < result.held_out[0][1]
-    wanted = torch.log_softmax(scores(model).detach(), -1)
-
-    def gap(other: Any) -> float:
-        return float((wanted.exp() * (wanted - torch.log_softmax(scores(other), -1))).sum(-1).mean())
-
-    assert gap(healed) < gap(small)
+    assert gap(model, healed) < gap(model, small)
     healed.save(tmp_path / "out")
-    loaded = fxcompress.load(tmp_path / "out", backend="eager")
+    loaded = fxcompress.load(tmp_path / "out", model, backend="eager")
     assert torch.equal(scores(loaded), scores(healed))
-    names = [entry["name"] for entry in loaded.report.passes]
-    assert names[-1] == "distill"
+    assert loaded.report.passes[-1]["name"] == "distill"
     assert loaded.report.totals["bytes_after"] >= small.report.totals["bytes_after"]
     if parts == ("lora",):
-        form = loaded.artifact.forms["model.layers.0.self_attn.q_proj.weight"]
-        assert isinstance(form.terms[1], LowRank)
+        assert isinstance(loaded.artifact.forms["layers.0.up.weight"].terms[1], LowRank)
 
 
-def test_zeros_of_a_loaded_pruned_model_stay(model: Any, tmp_path: Path) -> None:
+def test_zeros_of_a_loaded_pruned_model_stay(tmp_path: Path) -> None:
+    model = build()
     shrink(model, {"wanda": {"pattern": "2:4"}}).save(tmp_path / "out")
-    pruned = fxcompress.load(tmp_path / "out", backend="eager")
-    healed = fxcompress.distill(pruned, model, IDS, **FAST)
-    for name, value in healed.artifact.tensors.items():
-        if value.dim() == 2:
-            zeros = pruned.artifact.tensors[name] == 0
-            assert not bool((value[zeros] != 0).any()), name
-    changed = "model.layers.0.mlp.up_proj.weight"
+    pruned = fxcompress.load(tmp_path / "out", model, backend="eager")
+    healed = distilled(pruned, model)
+    changed = "layers.0.up.weight"
     assert not torch.equal(healed.artifact.tensors[changed], pruned.artifact.tensors[changed])
+    for name, value in healed.artifact.tensors.items():
+        zeros = pruned.artifact.tensors[name] == 0
+        assert value.dim() < 2 or not bool((value[zeros] != 0).any()), name
 
 
-def test_a_small_module_learns_from_a_compressed_teacher_of_other_width(model: Any) -> None:
-    student = llama(hidden_size=32)
-    before = scores(student).detach().clone()
-    teacher = shrink(model, {"quantize-weights": {"bits": 8}})
+def test_a_small_module_learns_from_a_compressed_teacher_of_other_width() -> None:
+    def logits(model: Any) -> Tensor:
+        found: Tensor = model(IDS[0], use_cache=False).logits
+        return found.detach()
+
+    teacher, student = llama(), llama(hidden_size=32)
+    before = logits(student).clone()
+    packed = shrink(teacher, {"quantize-weights": {"bits": 8}})
+    results: list[TrainingResult] = []
     made = fxcompress.distill(
         student,
-        teacher,
+        packed,
         IDS,
         objective={"kd": {}, "hidden": {"weight": 0.5}, "attention": {}},
         train_parts=("weights", "embeddings", "floats"),
+        on_result=results.append,
         **FAST,
     )
-    assert torch.equal(scores(student), before)  # the caller's module stays as it was
+    assert torch.equal(logits(student), before)  # the caller's module stays as it was
     made.set_backend("eager")
-    assert not torch.equal(scores(made), before)
+    assert not torch.equal(logits(made), before)
     assert made.report.totals["compressed"] == 0
+    assert results[0].held_out[-1][1] < results[0].held_out[0][1]
 
 
-def test_a_second_instance_of_the_class_as_teacher_is_kept_apart(model: Any) -> None:
-    other = llama()
+def test_a_second_instance_of_the_class_as_teacher_is_kept_apart() -> None:
+    model, other = build(0), build(1)
     small = shrink(other, W3)
-    reference = scores(model).detach().clone()
-    fxcompress.distill(small, model, IDS, **FAST)
+    reference = scores(model).clone()
+    foreign, own = distilled(small, model), distilled(small, other)
     assert torch.equal(scores(model), reference)
-    own = fxcompress.distill(small, other, IDS, **FAST)
-    foreign = fxcompress.distill(small, model, IDS, **FAST)
-    own.set_backend("eager")
-    foreign.set_backend("eager")
-    assert not torch.equal(scores(own), scores(foreign))
+    assert gap(other, own) < gap(other, foreign)
+    assert gap(model, foreign) < gap(model, own)
 
 
-def test_text_of_its_own_and_checkpoints(model: Any, tmp_path: Path) -> None:
-    small = shrink(model, W3)
+def test_text_of_its_own_and_checkpoints(tmp_path: Path) -> None:
+    model = llama()
+    small = shrink(model, {"quantize-weights": {"bits": 3, "group_size": 32}})
     options = {**FAST, "checkpoint": tmp_path, "held_out": 0}
-    first = fxcompress.distill(small, model, SelfGenerated(samples=8, length=12), **options)
+    first = fxcompress.distill(small, model, SelfGenerated(samples=4, length=8), **options)
+    results: list[TrainingResult] = []
     second = fxcompress.distill(
-        small, model, SelfGenerated(samples=8, length=12), **options
-    )  # finished already
+        small, model, SelfGenerated(samples=4, length=8), **options, on_result=results.append
+    )
+    assert results[0].steps == FAST["steps"]  # it was finished already
     for name, form in first.artifact.forms.items():
         assert form.same_as(second.artifact.forms[name]), name
 
@@ -145,8 +143,6 @@ def test_text_of_its_own_and_checkpoints(model: Any, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"data": []}, "gave no batch"),
-        ({"data": [torch.zeros(1, 70, dtype=torch.long)] * 2}, "70 tokens, the model takes at most 64"),
-        ({"sequence_length": 100}, "100 tokens, the model takes at most 64"),
         ({"teacher": None}, "needs a teacher"),
         ({"student": 3}, "found a int"),
         ({"train_parts": ("everything",)}, "unknown part 'everything'"),
@@ -155,16 +151,27 @@ def test_text_of_its_own_and_checkpoints(model: Any, tmp_path: Path) -> None:
         ({"objective": "minilm"}, "unknown objective"),
     ],
 )
-def test_bad_input(model: Any, change: dict[str, Any], message: str) -> None:
-    given = {"student": llama(), "teacher": model, "data": IDS, **FAST, **change}
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    given = {"student": build(), "teacher": build(1), "data": IDS, **SMALL, **change}
     positional = [given.pop(name) for name in ("student", "teacher", "data")]
     with pytest.raises(fxcompress.FxCompressError, match=message):
         fxcompress.distill(*positional, **given)
 
 
-def test_another_vocabulary_is_refused_before_data_are_read(model: Any) -> None:
+def test_sequences_longer_than_the_model_allows_are_refused() -> None:
+    model = llama()
+    long = [torch.zeros(1, 70, dtype=torch.long)] * 2
+    for data, more in ((long, {}), (IDS, {"sequence_length": 100})):
+        with pytest.raises(TrainingError, match="tokens, the model takes at most 64"):
+            fxcompress.distill(model, None, data, objective="ce", **{**FAST, **more})
+
+
+def test_another_vocabulary_is_refused_before_data_are_read() -> None:
     def data() -> Any:
         raise AssertionError("read")
 
-    with pytest.raises(TrainingError, match="the teacher scores 128 tokens, the student 120"):
-        fxcompress.distill(llama(vocab_size=120), model, data, progress=False)
+    other = build()
+    other.embed = nn.Embedding(VOCABULARY - 5, 16)
+    example = IDS[0].clamp(max=VOCABULARY - 6)
+    with pytest.raises(TrainingError, match="the teacher scores 40 tokens, the student 35"):
+        fxcompress.distill(other, build(), data, progress=False, example_inputs=example)
