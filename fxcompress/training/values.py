@@ -366,6 +366,7 @@ def latent_of(term: WeightTerm, target: Tensor | None) -> Tensor:
     if target is None or not isinstance(term, QuantizedWeight):
         return value
     wanted = layout.to_matrix(target.detach()).to(wide)
-    half = spread(term.scale.to(wide), term.group_size, value.shape[-1]) * 0.49
+    # Not quite half a step: the latent weight itself is rounded too.
+    half = spread(term.scale.to(wide), term.group_size, value.shape[-1]) * 0.499
     near = torch.minimum(torch.maximum(wanted, value - half), value + half)
     return torch.where(torch.isfinite(near), near, value)
