@@ -73,7 +73,7 @@ def distill(
         sequence_length: Tokens per sequence of a text. Default 512.
         checkpoint: Folder of snapshots; the same call goes on there, exactly.
         progress: Show a progress bar.
-        on_result: Called with the :class:`~fxcompress.training.loop.TrainingResult` (losses, looks).
+        on_result: Called with the :class:`~fxcompress.training.result.TrainingResult` (losses, looks).
         **settings: Fields of :class:`~fxcompress.training.options.TrainingOptions`.
 
     Raises:

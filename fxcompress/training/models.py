@@ -23,7 +23,7 @@ from fxcompress.hf import identity_of
 from fxcompress.model import CompressedModel, remove_with, temporary_artifact
 from fxcompress.report import Report, WeightRow, describe_form
 from fxcompress.structure.record import follow
-from fxcompress.training.loop import TrainingResult
+from fxcompress.training.result import TrainingResult
 
 __all__ = ["Captured", "capture", "longest_sequence"]
 

@@ -293,11 +293,11 @@ def groups(content: dict[str, Any]) -> list[str]:
 def distillation(content: dict[str, Any]) -> list[str]:
     lines = [
         *head("Training", content),
-        "Perplexity on held-out documentation before and after training on other documentation, by objective;",
-        "*recovered* is the share of the loss in log perplexity that training gave back, against float32",
-        f"({content['fp32']:.2f}). Every row of a student sees the same data in the same order. *ce* is plain",
-        "fine-tuning without a teacher. Budgets are minutes of one core, not the thousands of steps that",
-        "published results take.",
+        "Perplexity on held-out documentation before and after training on other documentation, by",
+        "objective; *recovered* is the share of the loss in log perplexity that training gave back, against",
+        f"float32 ({content['fp32']:.2f}). Every row of a student sees the same data in the same order. *ce*",
+        "is plain fine-tuning without a teacher. Budgets are minutes of one core, not the thousands of steps",
+        "that published results take.",
         "",
         "| student | objective | before | after | recovered | trained numbers | seconds |",
         "|---|---|---|---|---|---|---|",

@@ -13,7 +13,7 @@ import fxcompress
 from fxcompress.errors import TrainingError
 from fxcompress.forms import LowRank
 from fxcompress.training.data import SelfGenerated
-from fxcompress.training.loop import TrainingResult
+from fxcompress.training.result import TrainingResult
 from tests.engine.models import VOCABULARY, build
 from tests.zoo_causal import BODY, causal_lm
 

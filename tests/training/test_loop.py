@@ -20,9 +20,10 @@ from fxcompress.progress import ProgressEvent
 from fxcompress.training.catalogue import objective_from
 from fxcompress.training.data import SelfGenerated, as_training
 from fxcompress.training.graph import TrainingGraph
-from fxcompress.training.loop import TrainingResult, train
+from fxcompress.training.loop import train
 from fxcompress.training.objectives import Cakld, Kd
 from fxcompress.training.options import TrainingOptions
+from fxcompress.training.result import TrainingResult
 from fxcompress.training.sampling import Sampler
 from tests.engine.models import VOCABULARY, Decoder, build, decoder, tokens
 from tests.training.cases import call, compressed, graph, rows, teacher
