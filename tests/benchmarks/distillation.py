@@ -46,12 +46,12 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "3-bit": {
         "recipe": [{"quantize-weights": {"bits": 3, "group_size": 64, "embedding_bits": 8}}],
         "what": What(parts=("weights",), steps="learned"),
-        "rate": 5e-5,
+        "rate": 2e-4,
     },
     "2:4": {
         "recipe": [{"sparsegpt": {"pattern": "2:4"}}],
         "what": What(parts=("weights",)),
-        "rate": 5e-5,
+        "rate": 2e-4,
     },
     "30 % cut": {
         "recipe": [
