@@ -29,7 +29,7 @@ from fxcompress.formats.codebook import (
 )
 from fxcompress.formats.integer import spread
 from fxcompress.formats.packing import pack_codes
-from fxcompress.forms import CodebookWeight, DoubleQuantizedCodebook
+from fxcompress.forms import CodebookWeight, DoubleQuantizedCodebook, WeightTerm
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._input_rows import matrix_count, site_rows, unsupported
 from fxcompress.passes._kmeans import weighted_kmeans
@@ -182,7 +182,7 @@ class QuantizeCodebook(SelectivePass):
             table = self._learned(w, scale, moments, fmt)
         group_size = fmt.group_size or 0
         codes = encode_codebook(w, table, scale, group_size)
-        term: CodebookWeight | DoubleQuantizedCodebook = CodebookWeight(
+        plain = CodebookWeight(
             bits=fmt.bits,
             group_size=group_size,
             shape=layout.shape,
@@ -193,8 +193,9 @@ class QuantizeCodebook(SelectivePass):
             table=table.contiguous(),
             scale=scale,
         )
+        term: WeightTerm = plain
         if self.double_quant and scale is not None and group_size:
-            term = DoubleQuantizedCodebook.of(term, w)
+            term = DoubleQuantizedCodebook.of(plain, w)
             note += ", 8-bit scales"
         role = "" if candidate.role is Role.MATRIX else f", {candidate.role.value}"
         return SetWeight(candidate.name, (term,), reason=f"{self.table}: {fmt.describe()}{role}{note}")

@@ -97,7 +97,7 @@ def distill(
         _check_vocabularies(mine, theirs)
     limits = [longest_sequence(c.module) for c in (mine, theirs) if c is not None]
     longest = min((limit for limit in limits if limit is not None), default=None)
-    reading = {
+    reading: dict[str, Any] = {
         "tokenizer": tokenizer if tokenizer is not None else getattr(student, "tokenizer", None),
         "teacher": teacher,
         "samples": samples,

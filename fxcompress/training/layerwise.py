@@ -62,13 +62,13 @@ class _Projections(nn.Module):
         maps = [nn.Linear(student, teacher, bias=False) for _ in range(pairs)]
         for one in maps:
             nn.init.eye_(one.weight)
-        self.maps = nn.ModuleList(maps).to(
-            like.device, like.dtype if like.element_size() > 2 else torch.float32
-        )
+        self.maps = nn.ModuleList(maps)
+        self.to(like.device, like.dtype if like.element_size() > 2 else torch.float32)
 
     def forward(self, index: int, x: Tensor) -> Tensor:
         """Map the stream of pair ``index``."""
         one = self.maps[index]
+        assert isinstance(one, nn.Linear)
         mapped: Tensor = one(x.to(one.weight.dtype))
         return mapped
 
@@ -112,7 +112,8 @@ class HiddenMatch(Objective):
 
 def _direction(x: Tensor) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
-    return wide / wide.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    unit: Tensor = wide / wide.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return unit
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,12 @@ class Checkpoints:
                     f"checkpoint {path}: was made with other data, options or models.",
                     fix="give the run another folder, or delete this one.",
                 )
-            parts = [_tensors(path / name) for name in (_PARAMETERS, _OPTIMIZER, _BEST)]
+            model, optimizer, best = (_tensors(path / name) for name in (_PARAMETERS, _OPTIMIZER, _BEST))
         except (OSError, ValueError, SafetensorError) as error:
             raise TrainingError(
                 f"checkpoint {path}: is damaged: {error}.", fix="delete it; the one before is used then."
             ) from error
-        return Snapshot(*parts, state)
+        return Snapshot(model, optimizer, best, state)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

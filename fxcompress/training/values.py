@@ -6,6 +6,7 @@ gives the same numbers as they are saved. So what is trained is what is exported
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from typing import Any
 
@@ -53,6 +54,12 @@ def master(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(wide, copy=True))
 
 
+def _masked(module: TrainedValue, numbers: Tensor) -> Tensor:
+    """``numbers``, zero where the module's mask says so."""
+    keep = module.keep
+    return numbers.masked_fill(~keep, 0) if isinstance(keep, Tensor) else numbers
+
+
 class Numbers(TrainedValue):
     """Plain numbers in their own dtype; masked entries stay zero.
 
@@ -70,9 +77,7 @@ class Numbers(TrainedValue):
 
     def value(self) -> Tensor:
         """See :class:`TrainedValue`."""
-        numbers: Tensor = self.numbers
-        if self.keep is not None:
-            numbers = numbers.masked_fill(~self.keep, 0)
+        numbers = _masked(self, self.numbers)
         if self.scaling != 1:
             numbers = numbers * self.scaling
         return numbers.to(self.dtype)
@@ -139,8 +144,7 @@ class LowRankUpdate(TrainedValue):
         """See :class:`TrainedValue`."""
         weight: Tensor = self.weight  # type: ignore[assignment]
         update = self.layout.from_matrix((self.scaling * self.u @ self.v)[None])
-        if self.keep is not None:
-            update = update.masked_fill(~self.keep, 0)
+        update = _masked(self, update)
         return (weight.to(update.dtype) + update).to(weight.dtype)
 
     def stored(self) -> Tensor:
@@ -196,7 +200,8 @@ def _sum_groups(x: Tensor, shape: torch.Size, group_size: int) -> Tensor:
     if group_size <= 0:
         return x.sum(2, keepdim=True)
     padded = nn.functional.pad(x, (0, shape[2] * group_size - x.shape[2]))
-    return padded.unflatten(2, (shape[2], group_size)).sum(3)
+    total: Tensor = padded.unflatten(2, (shape[2], group_size)).sum(3)
+    return total
 
 
 class RoundedIntegers(TrainedValue):
@@ -224,13 +229,11 @@ class RoundedIntegers(TrainedValue):
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(latent, scale, zero)`` of this step."""
-        latent: Tensor = self.latent
-        if self.keep is not None:
-            latent = latent.masked_fill(~self.keep, 0)
+        latent = _masked(self, self.latent)
         if self.steps == "range":
             return latent, *find_parameters(latent.detach(), self.format)
-        zero: Tensor | None = self.zero
-        return latent, self.scale(), zero
+        zero = self.zero
+        return latent, self.scale(), zero if isinstance(zero, Tensor) else None
 
     def value(self) -> Tensor:
         """See :class:`TrainedValue`."""
@@ -342,12 +345,7 @@ class RoundedFloat(TrainedValue):
     def stored(self) -> FloatWeight:
         """See :class:`TrainedValue`."""
         term = self.term
-        return FloatWeight(
-            *(term.format_kind, term.block_rows, term.block_columns),
-            *(term.shape, term.perm, term.batch_dims, term.row_dims),
-            self.codes().contiguous(),
-            term.scale,
-        )
+        return dataclasses.replace(term, codes=self.codes().contiguous())
 
 
 def latent_of(term: WeightTerm, target: Tensor | None) -> Tensor:
