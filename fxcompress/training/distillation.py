@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxcompress.calibration.signature import CallSignature
 from fxcompress.errors import TrainingError
@@ -110,7 +110,13 @@ def distill(
             learned, held = learned.split(float(held_out))
     elif held_out is not None:
         held = as_training(held_out, mine.plan.program, **reading)
-    graph = TrainingGraph(mine.plan, mine.state, what, checkpointing=loop.checkpointing)
+    graph = TrainingGraph(
+        mine.plan,
+        mine.state,
+        what,
+        originals={} if theirs is None else _originals(mine, theirs),
+        checkpointing=loop.checkpointing,
+    )
     frozen = None if theirs is None else TrainingGraph(theirs.plan, theirs.state, None)
     result = train(
         graph,
@@ -126,6 +132,18 @@ def distill(
     if on_result is not None:
         on_result(result)
     return mine.finish(list(graph.trainable.edits(result.describe())), result, tokenizer)
+
+
+def _originals(student: Captured, teacher: Captured) -> dict[str, Tensor]:
+    """What the student's codes were made from, if the teacher is its original: equal names and shapes."""
+    own = teacher.plan.program.weights
+    return {
+        name: own[name]
+        for name in student.state.forms
+        if name in own
+        and own[name].shape == student.plan.program.weights[name].shape
+        and not teacher.state.is_compressed(name)
+    }
 
 
 def _options(options: TrainingOptions | None, settings: dict[str, Any]) -> TrainingOptions:

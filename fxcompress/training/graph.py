@@ -108,6 +108,8 @@ class TrainingGraph(nn.Module):
         plan: Of the captured program.
         state: Edits so far.
         what: What to train; None trains nothing (a teacher).
+        originals: Dense values of compressed parameters that the state does not know: where latent weights
+            lean from the codes.
         checkpointing: Keep only what lies between blocks for the backward pass and run each block again.
 
     Raises:
@@ -115,12 +117,18 @@ class TrainingGraph(nn.Module):
     """
 
     def __init__(
-        self, plan: Plan, state: CompressionState, what: What | None, *, checkpointing: bool = True
+        self,
+        plan: Plan,
+        state: CompressionState,
+        what: What | None,
+        *,
+        originals: Mapping[str, Tensor] | None = None,
+        checkpointing: bool = True,
     ) -> None:
         super().__init__()
         self.plan, self.program, self.checkpointing = plan, plan.program, checkpointing
         nothing = What(parts=())
-        self.trainable = Trainable(plan.program, state, what or nothing, plan.sites)
+        self.trainable = Trainable(plan.program, state, what or nothing, plan.sites, originals or {})
         applied = apply_state(plan.program, self.trainable.training, plan.sites)
         self.attention_sites = find_attention(plan.program, plan.sites)
         _round_caches(applied, state, self.attention_sites)

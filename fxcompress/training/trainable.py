@@ -8,7 +8,7 @@ one in the training state, whose value is rounded from a latent weight in every 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,6 +93,7 @@ class Trainable:
         state: Its edits; not changed.
         what: What to train.
         sites: All weight sites.
+        originals: Dense values of compressed parameters, where the state does not know them.
 
     Attributes:
         training: The state whose graph is trained.
@@ -104,6 +105,7 @@ class Trainable:
     state: CompressionState
     what: What
     sites: Sequence[Site]
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
     training: CompressionState = field(init=False)
     weights: dict[str, TrainedValue] = field(init=False, default_factory=dict)
     tensors: dict[TensorRef, TrainedValue] = field(init=False, default_factory=dict)
@@ -189,7 +191,7 @@ class Trainable:
         if weights and isinstance(term, QuantizedWeight | CodebookWeight | FloatWeight):
             target = None
             if count == 1 and path.count(".") == 1:  # nothing else stands for a part of the weight
-                target = self.state.dense_target(name)
+                target = self.originals.get(name, self.state.dense_target(name))
             self.tensors[TensorRef(name, f"{path}.values")] = self._rounded(name, term, target, dtype)
             return DenseWeight(torch.empty(term.parameter_shape, dtype=dtype, device="meta"))
         if isinstance(term, LowRank):

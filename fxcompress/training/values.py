@@ -48,6 +48,9 @@ class TrainedValue(nn.Module):
         """What is saved: a tensor, or the weight term that stands in the tensor's place."""
 
 
+_NEAR = 0.9  # share of a dense weight near its codes from which they count as made from it
+
+
 def master(tensor: Tensor) -> nn.Parameter:
     """A trainable copy in float32, or float64 for such tensors: optimisers lose small steps in less."""
     wide = tensor.dtype if tensor.element_size() >= 4 else torch.float32
@@ -356,7 +359,8 @@ def latent_of(term: WeightTerm, target: Tensor | None) -> Tensor:
 
     Args:
         term: A :class:`QuantizedWeight`, :class:`CodebookWeight` or :class:`FloatWeight`.
-        target: The dense weight in the parameter's shape, or None when it is not known.
+        target: The dense weight in the parameter's shape, or None when it is not known. One that the codes do
+            not stand for (most of it steps away) is not used.
     """
     wide = torch.float64 if target is not None and target.dtype == torch.float64 else torch.float32
     layout: WeightLayout = term.layout  # type: ignore[attr-defined]
@@ -364,7 +368,8 @@ def latent_of(term: WeightTerm, target: Tensor | None) -> Tensor:
     if target is None or not isinstance(term, QuantizedWeight):
         return value
     wanted = layout.to_matrix(target.detach()).to(wide)
+    step = spread(term.scale.to(wide), term.group_size, value.shape[-1])
+    if not float(((wanted - value).abs() <= 2 * step).float().mean()) > _NEAR:  # NaN is far as well
+        return value
     # Not quite half a step: the latent weight itself is rounded too.
-    half = spread(term.scale.to(wide), term.group_size, value.shape[-1]) * 0.499
-    near = torch.minimum(torch.maximum(wanted, value - half), value + half)
-    return torch.where(torch.isfinite(near), near, value)
+    return torch.minimum(torch.maximum(wanted, value - 0.499 * step), value + 0.499 * step)

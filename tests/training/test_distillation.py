@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress
+from examples.texts import documentation_text
 from fxcompress.errors import TrainingError
 from fxcompress.forms import LowRank
 from fxcompress.training.data import SelfGenerated
@@ -175,3 +176,36 @@ def test_another_vocabulary_is_refused_before_data_are_read() -> None:
     example = IDS[0].clamp(max=VOCABULARY - 6)
     with pytest.raises(TrainingError, match="the teacher scores 40 tokens, the student 35"):
         fxcompress.distill(other, build(), data, progress=False, example_inputs=example)
+
+
+@pytest.mark.real_model
+def test_the_first_blocks_of_a_real_model_are_healed(
+    smollm_small: Any, smollm_tokenizer: Any, tmp_path: Path
+) -> None:
+    text = documentation_text("calibration")[:12_000]
+    held = documentation_text("held-out")[:1_500]
+    recipe = [{"quantize-weights": {"bits": 3, "group_size": 64, "embedding_bits": 8}}]
+    small = fxcompress.compress(smollm_small, recipe, progress=False, verify="off")
+    found: list[TrainingResult] = []
+    texts = [text[i : i + 400] for i in range(0, len(text), 400)]
+    healed = fxcompress.distill(
+        small,
+        smollm_small,
+        texts,
+        held_out=[held],
+        tokenizer=smollm_tokenizer,
+        sequence_length=64,
+        steps=8,
+        batch_size=4,
+        learning_rate=5e-4,
+        evaluate_every=8,
+        progress=False,
+        on_result=found.append,
+    )
+    (_, before), (_, after) = found[0].held_out
+    assert after < 0.85 * before
+    healed.set_backend("eager")
+    healed.save(tmp_path / "out")
+    loaded = fxcompress.load(tmp_path / "out", backend="eager")
+    ids = smollm_tokenizer(held[:200], return_tensors="pt").input_ids
+    assert torch.equal(loaded(input_ids=ids).logits, healed(input_ids=ids).logits)

@@ -211,7 +211,6 @@ def test_kept_outcomes_teach_like_the_teacher(tmp_path: Path) -> None:
 
 
 def test_logs_and_precision(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     result = run(steps=3, precision="bf16", log_dir=str(tmp_path), evaluation=rows(2))
     assert len(result.losses) == 3
     assert list(tmp_path.rglob("events.out.tfevents.*"))
