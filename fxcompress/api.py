@@ -12,6 +12,7 @@ from torch import nn
 from fxcompress.artifact import build_artifact, read_artifact
 from fxcompress.calibration import as_calibration
 from fxcompress.calibration.generated import generated_tokens
+from fxcompress.calibration.inputs import SAMPLES
 from fxcompress.capture import Program, capture_model
 from fxcompress.errors import CalibrationError, RecipeError, WeightError
 from fxcompress.examples import call_arguments, default_example
@@ -39,6 +40,7 @@ def compress(
     seed: int = 0,
     progress: ProgressOption = True,
     checkpoint: str | Path | None = None,
+    samples: int = SAMPLES,
 ) -> CompressedModel:
     """Compress a model.
 
@@ -58,6 +60,8 @@ def compress(
         seed: Makes the run deterministic.
         progress: Show a progress bar.
         checkpoint: Directory where finished steps are kept; a killed run continues from there.
+        samples: At most this many sequences of the calibration data are used. Default 32; a recipe that
+            trains (``distill``) wants hundreds.
 
     Returns:
         The compressed model; the original stays as it was.
@@ -82,12 +86,14 @@ def compress(
     if any("quantized-cache" in item.provides for item in chosen):
         check_has_cache(model)
     if calibration is None and chosen.needs_calibration and example_inputs is None:
-        calibration = _own_text(model, seed)
+        calibration = _own_text(model, seed, samples)
     with torch.no_grad():
         program = _capture(model, calibration, example_inputs)
         if calibration is None and chosen.needs_calibration:
-            calibration = _own_text(model, seed)
-        data = None if calibration is None else as_calibration(calibration, program, tokenizer=tokenizer)
+            calibration = _own_text(model, seed, samples)
+        data = None
+        if calibration is not None:
+            data = as_calibration(calibration, program, tokenizer=tokenizer, samples=samples)
         examples = None
         if data is None:
             examples = as_calibration([default_call(model, example_inputs)], program)
@@ -179,13 +185,13 @@ def _first_call(calibration: Any) -> Any | None:
     return None
 
 
-def _own_text(model: nn.Module, seed: int) -> Any:
+def _own_text(model: nn.Module, seed: int, samples: int) -> Any:
     if not hasattr(model, "generate"):
         raise CalibrationError(
             "the recipe needs calibration data and none were given.",
             fix="pass calibration=..., e.g. a few batches of typical inputs.",
         )
-    return generated_tokens(model, seed=seed)
+    return generated_tokens(model, samples=samples, seed=seed)
 
 
 def _check_devices(model: nn.Module) -> None:

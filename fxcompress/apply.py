@@ -54,12 +54,14 @@ class AppliedGraph:
         program: The program it was made from (names and inputs).
         form_inputs: Placeholder name → the form tensor it takes.
         dequantized: ``dequantize_weight``/``quantized_embedding`` (or alike) node → parameter name.
+        node_of: Node of the program → the node that computes its value here.
     """
 
     module: fx.GraphModule
     program: Program
     form_inputs: dict[str, TensorRef] = field(default_factory=dict)
     dequantized: dict[fx.Node, str] = field(default_factory=dict)
+    node_of: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 def apply_state(
@@ -76,7 +78,7 @@ def apply_state(
     for old, new in node_map.items():
         new.meta = copy.copy(old.meta)
     module = fx.GraphModule(program.graph_module, graph)
-    applied = AppliedGraph(module, program)
+    applied = AppliedGraph(module, program, node_of=node_map)
     rewriter = _Rewriter(applied, state, node_map)
     for site in find_sites(program) if sites is None else sites:
         rewriter.rewrite(site)

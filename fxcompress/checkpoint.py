@@ -120,6 +120,10 @@ class CheckpointStore:
             _log.warning("checkpoint %s is damaged (%s); this step is computed again", described, error)
             return None
 
+    def work_folder(self, key: str) -> Path:
+        """Where a step that takes long may keep checkpoints of its own."""
+        return self.folder / f"work-{key[:16]}"
+
     def save(self, key: str, edits: Sequence[Edit]) -> None:
         """Store a finished step; atomic."""
         tensors: dict[str, Tensor] = {}

@@ -53,6 +53,7 @@ __all__ = [
     "SetWeight",
     "StructuralEdit",
     "floats_of",
+    "without_branches",
 ]
 
 
@@ -225,7 +226,8 @@ def _check(state: CompressionState, edit: Edit) -> None:
             raise RecipeError(f"{edit.name}: its weight terms were to be revised, but it has none.")
         _check_terms(edit.name, edit.terms, state.weights[edit.name])
         if edit.name in state.masks:
-            _check_zeros(state, edit.name, _sum(edit.terms, state.weights[edit.name].dtype))
+            stored = without_branches(edit.terms)
+            _check_zeros(state, edit.name, _sum(stored, state.weights[edit.name].dtype))
     elif isinstance(edit, Repack):
         current = state.effective(edit.name)
         _check_terms(edit.name, edit.terms, current)
@@ -250,6 +252,11 @@ def _check_terms(name: str, terms: tuple[WeightTerm, ...], current: Tensor) -> N
             raise WeightError(
                 f"{name}: term has shape {term.parameter_shape}, expected {tuple(current.shape)}."
             )
+
+
+def without_branches(terms: tuple[WeightTerm, ...]) -> tuple[WeightTerm, ...]:
+    """The terms that hold a pruned weight's zeros: a low-rank branch beside them is a product of its own."""
+    return tuple(term for term in terms if not term.factored) or terms
 
 
 def _sum(terms: tuple[WeightTerm, ...], dtype: torch.dtype) -> Tensor:

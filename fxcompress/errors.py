@@ -6,6 +6,7 @@
     ├── CalibrationError     missing, empty, malformed or non-finite calibration data
     ├── WeightError          non-finite, missing or unsuitable weights
     ├── FormatError          a number format that cannot represent what was asked
+    ├── TrainingError        a training run that cannot start or go on (nothing to train, NaN)
     ├── CoverageError        a run that compressed nothing, or an unaccounted weight
     ├── VerificationError    a pass that broke the promise it made
     ├── ArtifactError        a saved result that is missing, damaged, too new or unsafe
@@ -52,6 +53,10 @@ class WeightError(FxCompressError):
 
 class FormatError(FxCompressError):
     """A number format cannot represent what was asked of it."""
+
+
+class TrainingError(FxCompressError):
+    """A training run cannot start or go on: nothing to train, models that do not fit, a loss that is NaN."""
 
 
 class CoverageError(FxCompressError):

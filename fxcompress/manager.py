@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -235,7 +236,8 @@ class _Run:
         data = self.data
         feed = Feed(None if data is None else partial(Walk, self.plan, data.flat()))
         self.groups = {} if current is None else current.groups
-        survey = functools.cache(lambda: self._survey(position, item, before))
+        folder = None if self.store is None else self.store.work_folder(step_key(self.key, item, -2))
+        survey = functools.cache(lambda: self._survey(position, item, before, folder, reporter))
         lossy = self.verify == "each" and not item.preserves_function and self.shown is not None
         audit = (
             SiteAudit(self.plan, self.shown.sample(_PROOF_BATCHES))
@@ -299,11 +301,18 @@ class _Run:
         digest = hashlib.sha256(f"{self.seed}|{position}|{item.name}|{step}".encode()).digest()
         return int.from_bytes(digest[:7], "little")
 
-    def _survey(self, position: int, item: Pass, before: CompressionState) -> Any:
+    def _survey(
+        self, position: int, item: Pass, before: CompressionState, folder: Path | None, reporter: Reporter
+    ) -> Any:
         """What a pass finds out about the whole model, as it was before the pass."""
         seed = self._seed(position, item, "survey")
-        batches = None if self.data is None else self.data.flat()
-        model = SurveyModel(self.plan, before, batches, item.name, seed)
+        model = SurveyModel(
+            *(self.plan, before, None if self.data is None else self.data.flat(), item.name, seed),
+            data=self.data,
+            original=self.program,
+            folder=folder,
+            progress=reporter.step,
+        )
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             return item.survey(model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +17,11 @@ from fxcompress.analysis.site_types import Site
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState, Edit, Refuse, StructuralEdit
 from fxcompress.formats import IntFormat
+from fxcompress.progress import ProgressOption
 from fxcompress.structure.cost import Cost
+
+if TYPE_CHECKING:
+    from fxcompress.calibration.inputs import CalibrationData
 
 
 class Statistics(Protocol):
@@ -89,11 +94,24 @@ class ModelFunction(Protocol):
 
 
 class SurveyContext(Protocol):
-    """What a pass sees of the whole model before its first block is solved. All tensors are read only."""
+    """What a pass sees of the whole model before its first block is solved. All tensors are read only.
+
+    Attributes:
+        program: The graph, cut if an earlier pass cut it.
+        state: Edits of the passes before.
+        original: The graph before any cut, with the model's own weights.
+        data: Calibration batches, or None.
+        folder: Where long work may keep checkpoints of its own, or None.
+        progress: Told of every step of long work.
+    """
 
     program: Program
     state: CompressionState
     generator: torch.Generator
+    original: Program
+    data: CalibrationData | None
+    folder: Path | None
+    progress: ProgressOption
 
     def blocks(self) -> Iterator[BlockContext]:
         """Every block in order, as the passes before left the model."""

@@ -278,6 +278,76 @@ PRESETS: dict[str, dict[str, Any]] = {
         "summary": "every fifth block less, those without which the text is predicted best; needs data",
         "passes": [{"remove-blocks": {"amount": 0.2, "criterion": "perplexity"}}],
     },
+    "llm-qat-w4a8kv4": {
+        "summary": "4-bit weights and cache, 8-bit activations, trained on text of its own (LLM-QAT); slow",
+        "passes": [
+            {"quantize-weights": {"bits": 4, "group_size": 0, "symmetric": True}},
+            {"quantize-activations": {"bits": 8, "mode": "dynamic"}},
+            {"quantize-kv-cache": {"bits": 4}},
+            {"distill": {"train": ["weights"], "scale_steps": "range", "learning_rate": 2e-5, "warmup": 0.0}},
+            "fuse-siblings",
+        ],
+    },
+    "w3a16-distilled": {
+        "summary": "3-bit weights by GPTQ, then weights and scales trained on the original; needs data, slow",
+        "passes": [
+            {"gptq": {"bits": 3, "group_size": 64}},
+            {"quantize-weights": {"bits": 4, "group_size": 64, "only_remaining": True}},
+            {"distill": {"train": ["weights"], "learning_rate": 2e-5}},
+            "fuse-siblings",
+        ],
+    },
+    "qlora": {
+        "summary": "NF4 weights with 8-bit scales and trained low-rank branches (QLoRA); needs data, slow",
+        "passes": [
+            {"quantize-codebook": {"table": "nf4", "double_quant": True}},
+            {"quantize-weights": {"only_remaining": True}},
+            {"distill": {"train": ["lora"], "rank": 16, "learning_rate": 2e-4}},
+            "fuse-siblings",
+        ],
+    },
+    "loftq": {
+        "summary": "NF4 weights, low-rank branches fitted in turns (LoftQ) and then trained; needs data",
+        "passes": [
+            {"quantize-codebook": {"table": "nf4"}},
+            {"quantize-weights": {"only_remaining": True}},
+            {"low-rank-residual": {"rank": 16, "metric": "weights", "iterations": 5}},
+            {"distill": {"train": ["lora"], "rank": 16, "learning_rate": 1e-4}},
+            "fuse-siblings",
+        ],
+    },
+    "peqa-w4a16": {
+        "summary": "4-bit weights whose scales alone are trained (PEQA); needs data, slow",
+        "passes": [
+            {"quantize-weights": {"bits": 4, "group_size": 64}},
+            {"distill": {"train": ["scales"], "learning_rate": 1e-3}},
+            "fuse-siblings",
+        ],
+    },
+    "sparse-2of4-distilled": {
+        "summary": "sparse-2of4 with the kept weights trained on the original; needs data, slow",
+        "passes": [
+            {"sparsegpt": {"pattern": "2:4"}},
+            {"distill": {"train": ["weights"], "learning_rate": 5e-5}},
+            "pack-sparse",
+        ],
+    },
+    "prune30-flap-lora": {
+        "summary": "30 % fewer block parameters, healed by trained low-rank updates; needs data, slow",
+        "passes": [
+            {
+                "prune-channels": {
+                    "amount": 0.3,
+                    "target": "block-parameters",
+                    "importance": "flap",
+                    "max_amount": 0.9,
+                    "recover": True,
+                    "round_to": 16,
+                }
+            },
+            {"distill": {"train": ["lora", "floats"], "rank": 32, "learning_rate": 5e-4}},
+        ],
+    },
     "qdq-int8": {
         "summary": "quantize/dequantize pairs at weights, inputs, attention and sums, static; needs data",
         "passes": [{"insert-quant-dequant": {"activations": "tensor"}}],

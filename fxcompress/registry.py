@@ -66,6 +66,7 @@ BUILTIN_PASSES: dict[str, str] = {
     "quantize-kv-cache": "fxcompress.passes.quantize_kv_cache:QuantizeKvCache",
     "kvquant": "fxcompress.passes.kvquant:Kvquant",
     "wkvquant": "fxcompress.passes.wkvquant:Wkvquant",
+    "distill": "fxcompress.passes.distill:Distill",
     "layer-distill": "fxcompress.passes.layer_distill:LayerDistill",
     "insert-quant-dequant": "fxcompress.passes.insert_quant_dequant:InsertQuantDequant",
     "fuse-siblings": "fxcompress.passes.fuse_siblings:FuseSiblings",

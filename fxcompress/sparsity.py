@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fxcompress.edits import CompressionState
+from fxcompress.edits import CompressionState, without_branches
 from fxcompress.errors import VerificationError
+from fxcompress.forms import SiteForm
 from fxcompress.forms.mask import groups_over
 
 __all__ = ["check_masks", "zeros_check"]
@@ -20,7 +21,11 @@ def check_masks(state: CompressionState) -> dict[str, int]:
     """
     found = {}
     for name, mask in state.masks.items():
-        value = state.effective(name)
+        form = state.form(name)
+        if form.terms:
+            value = SiteForm(terms=without_branches(form.terms)).dense(state.weights[name].dtype)
+        else:
+            value = state.weight(name)
         filled = mask.broken_by(value)
         over = groups_over(mask.layout.to_matrix(value), mask.n, mask.m) if mask.m else 0
         if filled or over:

@@ -12,6 +12,7 @@ from fxcompress.passes.asvd import Asvd
 from fxcompress.passes.awq import Awq
 from fxcompress.passes.balance_attention import BalanceAttention
 from fxcompress.passes.clip_weights import ClipWeights
+from fxcompress.passes.distill import Distill
 from fxcompress.passes.dsnot import Dsnot
 from fxcompress.passes.e_sparse import ESparse
 from fxcompress.passes.fuse_siblings import FuseSiblings
@@ -48,6 +49,7 @@ __all__ = [
     "Awq",
     "BalanceAttention",
     "ClipWeights",
+    "Distill",
     "Dsnot",
     "ESparse",
     "FuseSiblings",

@@ -22,7 +22,16 @@ from fxcompress.edits import Edit, Refuse, ReviseWeight
 from fxcompress.errors import FormatError, RecipeError
 from fxcompress.formats import IntFormat
 from fxcompress.formats.integer import quantize_to_term
-from fxcompress.forms import DenseWeight, LowRank, QuantizedWeight, WeightLayout, WeightTerm
+from fxcompress.forms import (
+    CodebookWeight,
+    DenseWeight,
+    DoubleQuantizedCodebook,
+    LowRank,
+    QuantizedWeight,
+    WeightLayout,
+    WeightTerm,
+)
+from fxcompress.forms.double_quantized import round_to_codebook
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._factors import sum_of_matrices
 from fxcompress.passes._low_rank import Metric, input_grams, no_factors
@@ -30,6 +39,8 @@ from fxcompress.passes._low_rank_solver import Decomposition, cholesky_root, dec
 from fxcompress.passes._magnitudes import mean_magnitude
 from fxcompress.passes._moments import stages
 from fxcompress.passes._selection import Candidate, Role, SelectivePass, candidates, fitting_format
+
+_ROUNDED = (QuantizedWeight, CodebookWeight, DoubleQuantizedCodebook)
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,10 @@ class LowRankResidual(SelectivePass):
             weighed by the mean magnitude of each input (LQER). ``"weights"``: plain (no data needed).
             Default ``"outputs"``.
         iterations: 1: keep the codes. n > 1: n − 1 times round ``W − u·v`` to nearest in the codes' own
-        format
-            and take the factors of what is missing then (LoftQ); the best of all is kept, measured in
+            format and take the factors of what is missing then (LoftQ); the best of all is kept, measured in
             ``metric``. Not every step improves. Default 1.
         bits: Width of the factors' codes, 2…8, one scale per row; None keeps them in the model's dtype.
-        With 8
-            (LQER) they take a quarter of the room of float32. Default None.
+            With 8 (LQER) they take a quarter of the room of float32. Default None.
         include, exclude: Name patterns, see :class:`SelectivePass`.
 
     Raises:
@@ -114,7 +123,7 @@ class LowRankResidual(SelectivePass):
         if reason is not None:
             return reason
         terms = block.state.form(candidate.name).terms
-        if not any(isinstance(term, QuantizedWeight) for term in terms):
+        if not any(isinstance(term, _ROUNDED) for term in terms):
             return "its weight is not rounded: there is no error to make up for"
         if candidate.role is not Role.MATRIX:
             return f"{candidate.role.value}: its columns were scaled before rounding, its error is small"
@@ -188,11 +197,13 @@ def _loss(target: Tensor, value: Tensor, metric: Metric) -> float:
 
 def _rounded_again(terms: Sequence[WeightTerm], rest: Tensor, dtype: torch.dtype) -> tuple[WeightTerm, ...]:
     """The quantized term rounded to nearest for ``rest: [N, K]`` less the other terms."""
-    others = [term for term in terms if not isinstance(term, QuantizedWeight)]
+    others = [term for term in terms if not isinstance(term, _ROUNDED)]
     if others:
         rest = rest - sum_of_matrices(others)
 
     def new(term: WeightTerm) -> WeightTerm:
+        if isinstance(term, CodebookWeight | DoubleQuantizedCodebook):
+            return round_to_codebook(term, rest[None].to(dtype))
         if not isinstance(term, QuantizedWeight):
             return term
         value = term.layout.from_matrix(rest[None]).to(dtype)

@@ -29,7 +29,7 @@ from fxcompress.formats.codebook import (
 )
 from fxcompress.formats.integer import spread
 from fxcompress.formats.packing import pack_codes
-from fxcompress.forms import CodebookWeight
+from fxcompress.forms import CodebookWeight, DoubleQuantizedCodebook, WeightTerm
 from fxcompress.pass_base import BlockContext
 from fxcompress.passes._input_rows import matrix_count, site_rows, unsupported
 from fxcompress.passes._kmeans import weighted_kmeans
@@ -64,6 +64,7 @@ class QuantizeCodebook(SelectivePass):
             of the Hessian of the layer's output error; needs calibration data.
         iterations: Most steps of k-means. Default 50 (SqueezeLLM's code).
         heads: Also take embeddings, and output heads. Default False.
+        double_quant: Quantize the scales of groups to 8 bits as well (QLoRA). Default False.
         include, exclude: Name patterns, see :class:`SelectivePass`.
 
     Raises:
@@ -82,6 +83,7 @@ class QuantizeCodebook(SelectivePass):
     weighting: Literal["none", "second-moment"] = "none"
     iterations: int = 50
     heads: bool = False
+    double_quant: bool = False
 
     name: ClassVar[str] = "quantize-codebook"
     summary: ClassVar[str] = "Choose weights from a table of values: NF4, FP4 or learned (k-means)."
@@ -100,7 +102,7 @@ class QuantizeCodebook(SelectivePass):
             raise RecipeError(
                 f"{self.name}: weighting={self.weighting!r}, expected 'none' or 'second-moment'."
             )
-        for option in ("per_row", "heads"):
+        for option in ("per_row", "heads", "double_quant"):
             if not isinstance(getattr(self, option), bool):
                 raise RecipeError(f"{self.name}: {option}={getattr(self, option)!r}, expected true or false.")
         if type(self.iterations) is not int or self.iterations < 1:
@@ -180,7 +182,7 @@ class QuantizeCodebook(SelectivePass):
             table = self._learned(w, scale, moments, fmt)
         group_size = fmt.group_size or 0
         codes = encode_codebook(w, table, scale, group_size)
-        term = CodebookWeight(
+        plain = CodebookWeight(
             bits=fmt.bits,
             group_size=group_size,
             shape=layout.shape,
@@ -191,6 +193,10 @@ class QuantizeCodebook(SelectivePass):
             table=table.contiguous(),
             scale=scale,
         )
+        term: WeightTerm = plain
+        if self.double_quant and scale is not None and group_size:
+            term = DoubleQuantizedCodebook.of(plain, w)
+            note += ", 8-bit scales"
         role = "" if candidate.role is Role.MATRIX else f", {candidate.role.value}"
         return SetWeight(candidate.name, (term,), reason=f"{self.table}: {fmt.describe()}{role}{note}")
 

@@ -29,6 +29,7 @@ from fxcompress.errors import FormatError
 from fxcompress.formats.sparse_index import nm_columns
 from fxcompress.forms import (
     DenseWeight,
+    DoubleQuantizedCodebook,
     SemiStructuredWeight,
     SiteForm,
     SparseQuantizedWeight,
@@ -48,7 +49,8 @@ FEW_ROWS = {torch.float32: 32, torch.bfloat16: 8, torch.float16: 32}
 """Activation rows up to which entries are multiplied; more are multiplied with the expanded weight."""
 
 _FLOATS = (SparseWeight, SemiStructuredWeight, TiledSparseWeight)
-_SPARSE = (*_FLOATS, SparseQuantizedWeight)
+_SPARSE = (*_FLOATS, SparseQuantizedWeight, DoubleQuantizedCodebook)
+"""Terms that run as others than they are stored."""
 
 
 @composite(
@@ -179,6 +181,9 @@ class ExecutableStore(WeightStore):
         return replace(form, terms=terms)
 
     def _term(self, name: str, term: WeightTerm, dtype: torch.dtype) -> WeightTerm:
+        if isinstance(term, DoubleQuantizedCodebook):
+            self.notes[name] = f"stored as {term.describe()}, executed with plain scales"
+            return term.expanded()
         if isinstance(term, SparseQuantizedWeight):
             self.notes[name] = f"stored as {term.describe()}, executed with its zeros as codes"
             return term.expanded()
@@ -229,7 +234,7 @@ def _without_storage(term: WeightTerm) -> WeightTerm:
 
 
 def is_sparse(form: SiteForm) -> bool:
-    """Whether a form has a sparse term."""
+    """Whether a form has a term that runs as another than it is stored: sparse, or with 8-bit scales."""
     return any(isinstance(term, _SPARSE) for term in form.terms)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.calibration.context import Context, Feed
+from fxcompress.calibration.inputs import CalibrationData
 from fxcompress.calibration.plan import Plan
 from fxcompress.calibration.signature import CallSignature
 from fxcompress.calibration.walk import BlockRunner, Values, Walk
+from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
 from fxcompress.errors import CalibrationError
+from fxcompress.progress import ProgressOption
 
 __all__ = ["ProgramModel", "SurveyModel"]
 
@@ -160,12 +164,28 @@ class SurveyModel:
         batches: Flat calibration batches, or None.
         pass_name: Who asks, for messages.
         seed: Seed of :attr:`generator`.
+        data: What the batches are of.
+        original: The program before any cut; default that of the plan.
+        folder: For checkpoints of long work.
+        progress: Told of its steps.
     """
 
     def __init__(
-        self, plan: Plan, state: CompressionState, batches: list[Any] | None, pass_name: str, seed: int
+        self,
+        plan: Plan,
+        state: CompressionState,
+        batches: list[Any] | None,
+        pass_name: str,
+        seed: int,
+        *,
+        data: CalibrationData | None = None,
+        original: Program | None = None,
+        folder: Path | None = None,
+        progress: ProgressOption = False,
     ) -> None:
         self.program, self.state = plan.program, state
+        self.original, self.data = original or plan.program, data
+        self.folder, self.progress = folder, progress
         self.generator = torch.Generator().manual_seed(seed)
         self._plan, self._batches, self._pass_name, self._seed = plan, batches, pass_name, seed
 

@@ -104,6 +104,7 @@ def compress(
         seed=seed,
         progress=True,
         checkpoint=checkpoint,
+        samples=samples,
     )
     seconds = time.perf_counter() - started
     del loaded

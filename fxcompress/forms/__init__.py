@@ -15,6 +15,7 @@ from fxcompress.forms.cache_transforms import CacheTransform, ChannelAffine, Hea
 from fxcompress.forms.codebook import CodebookWeight
 from fxcompress.forms.component import Component, component, from_spec
 from fxcompress.forms.dense import DenseWeight
+from fxcompress.forms.double_quantized import DoubleQuantizedCodebook
 from fxcompress.forms.emit import Eager, Emit, Within
 from fxcompress.forms.layout import WeightLayout
 from fxcompress.forms.low_rank import LowRank
@@ -45,6 +46,7 @@ __all__ = [
     "Component",
     "CsrIndex",
     "DenseWeight",
+    "DoubleQuantizedCodebook",
     "DynamicPerGroup",
     "DynamicPerToken",
     "Eager",

@@ -39,6 +39,18 @@ def _dequantize_codebook(
     return layout.from_matrix(value).contiguous()
 
 
+@composite("scales_of_codes(Tensor codes, Tensor steps, Tensor mean) -> Tensor")
+def _scales_of_codes(
+    codes: Tensor,  # [B, N, G] float8_e4m3fn
+    steps: Tensor,  # [ceil(B·N·G / 256)] float32
+    mean: Tensor,  # [] float32
+) -> Tensor:
+    """Return ``max(mean + step · code, 0)`` in bfloat16: scales that were quantized themselves."""
+    flat = codes.to(torch.float32).reshape(-1)
+    wide = steps.unsqueeze(-1).expand(-1, 256).reshape(-1)[: flat.shape[0]]
+    return (flat * wide + mean).clamp_min(0).to(torch.bfloat16).reshape(codes.shape)
+
+
 @composite(
     "codebook_embedding(Tensor indices, Tensor codes, Tensor table, Tensor? scale, int bits, int group_size,"
     " int columns, ScalarType dtype) -> Tensor"

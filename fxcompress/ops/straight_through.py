@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcompress.ops._library import composite
+
 __all__ = ["straight_through"]
 
 
@@ -35,4 +37,48 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
         1.0
     """
     result: Tensor = _StraightThrough.apply(x, value.detach())  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Rounding with a learned step (LSQ): the gradients of ``x`` and of the step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+        ops = torch.ops.fxcompress
+        ctx.save_for_backward(x, scale, zero)
+        ctx.bits = bits
+        codes = ops.quantize_per_tensor.default(x, scale, zero, bits)
+        value: Tensor = ops.dequantize_activation.default(codes, scale, zero, x.dtype)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        x, scale, zero = ctx.saved_tensors
+        (given,) = gradients
+        bound = 1 << (ctx.bits - 1)
+        low, high = -bound - zero, bound - 1 - zero
+        ratio = x.to(scale.dtype) / scale
+        rounded = torch.round(ratio)
+        inside = (rounded >= low) & (rounded <= high)
+        slope = torch.where(inside, rounded - ratio, rounded.clamp(low, high))
+        return given * inside, (given.to(scale.dtype) * slope).sum().reshape(scale.shape), None, None
+
+
+@composite("straight_through(Tensor x, Tensor value) -> Tensor")
+def _straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """See :func:`straight_through`; an operator, so that graphs can hold it."""
+    return straight_through(x, value)
+
+
+@composite("learned_step(Tensor x, Tensor scale, Tensor zero, int bits) -> Tensor")
+def _learned_step(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Quantize and dequantize with one step for all values, whose gradient is that of LSQ.
+
+    In range the step's gradient is ``round(x/s) − x/s``, outside it is the clipped code; the gradient of
+    ``x`` is 1 in range and 0 outside.
+
+    Source: Esser et al., 2020, arXiv:1902.08153, section 2.1.
+    """
+    result: Tensor = _LearnedStep.apply(x, scale, zero, bits)  # type: ignore[no-untyped-call]
     return result
