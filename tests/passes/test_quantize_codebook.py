@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import fxcompress
 from fxcompress.edits import SetWeight
 from fxcompress.errors import CalibrationError, FormatError, RecipeError
 from fxcompress.formats import CodebookFormat, IntFormat
@@ -217,3 +219,26 @@ def test_kmeans_on_normal_weights_is_near_the_optimum() -> None:
 def test_equal_weights_are_no_weights() -> None:
     w = torch.randn(3, 50)
     torch.testing.assert_close(weighted_kmeans(w, torch.full((50,), 2.5), 8), weighted_kmeans(w, None, 8))
+
+
+@torch.no_grad()
+def test_scales_quantized_again_run_on_the_same_kernels(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 128)).eval()
+    x = torch.randn(3, 128)
+    recipe = QuantizeCodebook(double_quant=True, heads=True)
+    small = fxcompress.compress(model, recipe, example_inputs=x, progress=False)
+    small.save(tmp_path / "saved")
+    loaded = fxcompress.load(tmp_path / "saved", model)
+    compiled = loaded(x)
+    notes = loaded.explain()
+    assert set(notes) == {"0.weight", "2.weight"}
+    assert all("executed with plain scales" in note for note in notes.values())
+    loaded.set_backend("eager")
+    exact = loaded(x)
+    assert float((compiled - exact).norm() / exact.norm()) < 5e-3
+    plain = fxcompress.compress(model, QuantizeCodebook(heads=True), example_inputs=x, progress=False)
+    sizes = [one.report.totals["bytes_after"] for one in (small, plain)]
+    assert sizes[0] < sizes[1]
+    torch._dynamo.reset()

@@ -19,6 +19,7 @@ from fxcompress.training.graph import TrainingGraph
 from fxcompress.training.trainable import What
 from tests.engine.models import decoder, tokens
 from tests.training.cases import call, compressed, disturb, exported, graph, plan, run_applied
+from tests.zoo import entry
 from tests.zoo_causal import BODY, causal_lm
 
 IDS = tokens(3, 7, seed=5)
@@ -166,3 +167,17 @@ def test_nothing_to_train_is_an_error() -> None:
     state = CompressionState(decoder().weights)
     with pytest.raises(TrainingError, match="nothing to train"):
         TrainingGraph(plan(), state, What(parts=("weights",), chosen=lambda name: False))
+
+
+@pytest.mark.parametrize("name", ["vit", "mixtral", "gpt2-odd"])
+def test_other_architectures_train(name: str) -> None:
+    animal = entry(name)
+    model, inputs = animal.build(), animal.inputs()
+    program = capture_model(model, (), inputs)
+    flat = program.flatten_inputs((), inputs)
+    state = CompressionState(program.weights)
+    trained = TrainingGraph(Plan(program), state, What(parts=("weights", "embeddings", "floats")))
+    found = trained(dict(zip(program.inputs, flat, strict=True))).scores
+    assert any(torch.equal(found, value) for value in program.run_flat(flat) if isinstance(value, Tensor))
+    found.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in trained.parameters())
