@@ -99,7 +99,7 @@ def load_kernel(form: AnyForm, entry: str | None = None) -> Any:
     Raises:
         BackendError: triton is not installed.
     """
-    return getattr(_load_module(form), entry or form.entry)
+    return getattr(_load_module(form), entry or form.entry)  # type: ignore[arg-type]  # forms are frozen
 
 
 @functools.cache

@@ -286,11 +286,16 @@ def test_a_model_runs_on_the_kernels_in_the_interpreter(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    cache = found.pop("cache")
+    assert cache["error"] < 2e-3
+    assert cache["fused"] == 1
+    assert cache["same memory"]
     for name, row in found.items():
         assert row["error"] < 5e-3, (name, row)
-        assert row["kernel"] in " ".join(row["choices"].values()), (name, row["choices"])
         assert any(row["kernel"] in kernel for kernel in row["kernels"]), (name, row["kernels"])
     quantized = found["w8a8"]["kernels"]
     assert "quantize-gate-int88-float16" in quantized
     assert "quantize-rms-norm-int88-float16" in quantized
-    assert any("rank" in kernel for kernel in found["w4a16-eora"]["kernels"])
+    assert all(
+        "triton" in text for row in found.values() for text in row["choices"].values() if "factor" not in text
+    )

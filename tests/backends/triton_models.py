@@ -12,11 +12,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxcompress
 from fxcompress.backends import dynamo
+from fxcompress.backends.cpu.lowering import Plan
 from fxcompress.backends.triton import launch
+from fxcompress.backends.triton.lowering import TritonInterpreter
+from fxcompress.backends.triton.tuning import current_device
+from fxcompress.cache_record import CacheRecord, to_text
+from fxcompress.forms.cache import CacheForm
+from fxcompress.forms.cache_stores import IntStore
 
+FACTORS = "factors in float16"
 RECIPES = {
     "w4a16": "linear-w4zg64",
     "w8a8": "bytes-int8",
@@ -27,6 +35,10 @@ RECIPES = {
     "fp8": "bytes-e4m3",
     "fp8-static": "linear-e4m3",
     "sparse-2of4": "sparse24-float16",
+    FACTORS: "rank16",
+}
+WITH_FACTORS = {
+    "passes": [{"quantize-weights": {"bits": 4, "group_size": 64}}, {"low-rank-residual": {"rank": 4}}]
 }
 
 
@@ -52,6 +64,37 @@ def as_it_is(module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[[list[Any
     return lambda inputs: module(*inputs)
 
 
+def cached_attention() -> dict[str, Any]:
+    """A graph that reads and appends to a quantized cache, lowered: attention and append are one operator."""
+    form = CacheForm(IntStore(bits=4, axis="channel", group_size=16), IntStore(bits=4), 1, 32, 32)
+    text, _ = to_text(form)
+    record = CacheRecord(form, 64, torch.float16)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, memory: Tensor, length: Tensor, mask: Tensor) -> Tensor:
+        found = torch.ops.fxcompress.update_cache(memory, length, k, v, [], text, 64, 64)
+        keys, values = (x.unsqueeze(2).expand(1, 1, 2, 64, 32).reshape(1, 2, 64, 32) for x in found)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+    def inputs(tokens: int) -> list[Tensor]:
+        return [torch.randn(1, heads, tokens, 32).half() for heads in (2, 1, 1)]
+
+    memory, length = record.allocate(1, torch.device("cpu")), torch.zeros(1, dtype=torch.int64)
+    record.append(memory, 0, *inputs(21)[1:])
+    length.fill_(21)
+    mask = (torch.arange(64) < 22)[None, None, None]
+    given = inputs(1)
+    graph = make_fx(step, pre_dispatch=True, tracing_mode="fake")(*given, memory, length, mask)
+    other, count = memory.clone(), length.clone()
+    expected = step(*given, other, count, mask).float()
+    lowered = TritonInterpreter(graph, Plan(), {}, current_device(torch.device("cpu")))
+    found = lowered.run(*given, memory, length, mask).float()
+    return {
+        "error": float((found - expected).norm() / expected.norm()),
+        "fused": len(lowered.caches),
+        "same memory": torch.equal(memory, other) and torch.equal(length, count),
+    }
+
+
 def main() -> None:
     """Print error, kernels and numbers of calls by recipe."""
     dynamo.compile_with_inductor = as_it_is
@@ -66,9 +109,10 @@ def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[Block(64, 128) for _ in range(2)]).half().eval()
     x = torch.randn(2, 3, 64).half()
-    rows = {}
+    rows: dict[str, Any] = {}
     for recipe, kernel in RECIPES.items():
-        small = fxcompress.compress(model, recipe, calibration=[(x,)], example_inputs=(x,))
+        made = fxcompress.Recipe.load(WITH_FACTORS) if recipe == FACTORS else recipe
+        small = fxcompress.compress(model, made, calibration=[(x,)], example_inputs=(x,))
         small(x)
         started.clear()
         y = small(x)
@@ -82,6 +126,7 @@ def main() -> None:
             "choices": choices,
             "kernels": kernels,
         }
+    rows["cache"] = cached_attention()
     print(json.dumps(rows))  # noqa: T201
 
 
