@@ -29,8 +29,6 @@ from fxcompress.capture import capture_model
 from fxcompress.structure.cost import cost_of
 from tests.benchmarks.common import calibration_windows, environment, packaged_model, write
 
-AMOUNTS = (0.1, 0.2, 0.3)
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -56,10 +54,10 @@ def sizes(model: Any) -> Sizes:
     return Sizes(cost.parameters - (0 if tied else table.numel()), cost.flops)
 
 
-def cut_models(model: Any, data: Any, folder: Path) -> dict[str, Any]:
+def cut_models(model: Any, data: Any, folder: Path, amounts: list[float]) -> dict[str, Any]:
     """Plain models by name."""
     found = {"whole": model}
-    for amount in AMOUNTS:
+    for amount in amounts:
         budget = {"amount": amount, "target": "block-parameters", "round_to": 16}
         heads = {"granularity": ["channels", "heads"]}
         recipes: dict[str, Any] = {
@@ -80,28 +78,36 @@ def cut_models(model: Any, data: Any, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--amounts", type=float, nargs="*", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--steps", type=int, default=63, help="decoded tokens")
+    parser.add_argument("--threads", type=int, help="torch's number of threads")
     parser.add_argument("--recipe", help="also time the models compressed by this recipe and compiled")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = BenchSettings(rounds=options.rounds, steps=options.steps)
     model, tokenizer = packaged_model()
     data = [{"input_ids": row.unsqueeze(0), "use_cache": False} for row in calibration_windows(tokenizer, 2)]
-    content: dict[str, Any] = {"environment": environment(["-m", "tests.benchmarks.structured_speed"])}
+    content: dict[str, Any] = {
+        "environment": environment(["-m", "tests.benchmarks.structured_speed", *sys.argv[1:]])
+    }
     with tempfile.TemporaryDirectory() as folder:
-        models = cut_models(model, data, Path(folder))
+        models = cut_models(model, data, Path(folder), options.amounts)
     counted = {name: sizes(one) for name, one in models.items()}
-    content["eager"] = measured(models, counted, options.rounds)
+    content["eager"] = measured(models, counted, settings)
     if options.recipe:
         small = {
             name: fxcompress.compress(one, options.recipe, data, verify="off", progress=False)
             for name, one in models.items()
         }
-        content[options.recipe] = measured(small, counted, options.rounds)
+        content[options.recipe] = measured(small, counted, settings)
     write("structured-speed", content)
 
 
-def measured(models: dict[str, Any], counted: dict[str, Sizes], rounds: int) -> dict[str, Any]:
+def measured(models: dict[str, Any], counted: dict[str, Sizes], settings: BenchSettings) -> dict[str, Any]:
     """Speeds and ratios by name."""
     variants = [Variant(name, model) for name, model in models.items()]
-    result = bench(variants, settings=BenchSettings(rounds=rounds), progress=True)
+    result = bench(variants, settings=settings, progress=True)
     rows = {}
     for item in result.variants:
         expected = counted[item.name].expected(counted["whole"])
