@@ -137,9 +137,9 @@ class RegionCompiler:
                 and node.target not in (*DEQUANTIZE, *EMBEDDINGS)
                 and name not in self.choices
             ):
-                text = self.target.describe(node)
-                if text is not None:
-                    self.choices[name] = text
+                described = self.target.describe(node)
+                if described is not None:
+                    self.choices[name] = described
                     continue
                 self.choices[name] = f"no kernel for {node.target}: dequantized at run time"
                 logger.info("%s: %s", name, self.choices[name])

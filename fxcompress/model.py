@@ -129,7 +129,7 @@ class CompressedModel:
 
     def explain_sites(self) -> list[SiteKernel]:
         """Every linear site compiled so far: its kernel, why that one, and the kernel's generated source."""
-        reasons = getattr(self._compiler, "reasons", dict)()
+        reasons: dict[str, tuple[str, str, str]] = getattr(self._compiler, "reasons", dict)()
         found = []
         for name, kernel in sorted(self._compiler.choices.items()):
             why, title, source = reasons.get(name, (kernel, "", ""))

@@ -303,7 +303,6 @@ def needed_layouts(plan: Plan) -> list[tuple[Layout, tuple[int, ...]]]:
         for first, layout in plan.layouts.items()
     ]
     needed += [(embedding.kernel.layout, (embedding.position,)) for embedding in plan.embeddings.values()]
-    needed += [
-        (other.layout, (other.position,)) for other in (*plan.experts.values(), *plan.singles.values())
-    ]
+    others: list[ExpertsPlan | SinglePlan] = [*plan.experts.values(), *plan.singles.values()]
+    needed += [(other.layout, (other.position,)) for other in others]
     return list(dict.fromkeys(needed))

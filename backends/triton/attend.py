@@ -143,4 +143,5 @@ def _rotated(x: Tensor) -> Tensor:
 def _matrix(width: int, device: torch.device) -> Tensor:
     """``[width, width]``: the rotation of a head as one matrix."""
     size = width & -width
-    return torch.block_diag(*[hadamard(size)] * (width // size)).contiguous().to(device)
+    whole: Tensor = torch.block_diag(*[hadamard(size)] * (width // size))
+    return whole.contiguous().to(device)

@@ -78,8 +78,8 @@ KNOWN: tuple[Device, ...] = (
 
 def device_of(device: torch.device) -> Device:
     """What is known of a CUDA device; rates are estimated for one that is not listed."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return _found(index)
+    index: int | None = device.index
+    return _found(torch.cuda.current_device() if index is None else index)
 
 
 @functools.cache

@@ -103,8 +103,9 @@ class TritonInterpreter(LoweringInterpreter):
             return None
         source = cast("fx.Node", node.args[0])
         x: Tensor = self.env[source]
+        width: Any = x.shape[-1]  # may be symbolic
         dtype = str(x.dtype).removeprefix("torch.")
-        if dtype not in DTYPES or not isinstance(x.shape[-1], int) or x.shape[-1] > MOST_COLUMNS:
+        if dtype not in DTYPES or not isinstance(width, int) or width > MOST_COLUMNS:
             return None
         codes, bits = ("int8", int(cast("int", node.args[1]))) if integers else (KINDS[node.args[1]], 8)  # type: ignore[index]
         eps, others, kind = 0.0, [], "plain"
@@ -191,7 +192,7 @@ def _caches(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], set[fx.Node]]:
         if chain is None:
             continue
         update, between = chain
-        query, key = node.args[0].meta["val"], update.args[2].meta["val"]
+        query, key = (cast("fx.Node", n).meta["val"] for n in (node.args[0], update.args[2]))
         mask = attention.mask_of(node)
         constants = cast("list[Any]", update.args[4])
         rows = query.shape[2] * query.shape[1] // key.shape[1] if isinstance(query.shape[2], int) else 0

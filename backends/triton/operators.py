@@ -16,7 +16,7 @@ from fxcompress.backends.cpu.cached_form import HalfForm
 from fxcompress.backends.triton import attend as attention
 from fxcompress.backends.triton import tuning
 from fxcompress.backends.triton.cache_form import AttendForm, WriteForm
-from fxcompress.backends.triton.configs import ProductForm, Shape, gemv_form, row_bucket
+from fxcompress.backends.triton.configs import Config, ProductForm, Shape, gemv_form, row_bucket
 from fxcompress.backends.triton.generator import interpreted
 from fxcompress.backends.triton.launch import run_hadamard, run_product, run_quantize
 from fxcompress.backends.triton.linear_form import LinearForm
@@ -57,7 +57,7 @@ def linear(x: Tensor, tensors: Sequence[Tensor], outputs: int, form: str) -> Ten
 
 
 def _product(
-    form: ProductForm, config: tuning.Config, rows: Tensor, tensors: dict[str, Tensor], outputs: int
+    form: ProductForm, config: Config, rows: Tensor, tensors: dict[str, Tensor], outputs: int
 ) -> Tensor:
     if config.gemv and isinstance(form, LinearForm):
         single = gemv_form(form)

@@ -134,12 +134,12 @@ def measure(work: Callable[[], object], repeats: int = 20) -> float:
     samples = []
     for _ in range(repeats):
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()  # type: ignore[no-untyped-call]
+        before.record()
         work()
-        after.record()  # type: ignore[no-untyped-call]
-        after.synchronize()  # type: ignore[no-untyped-call]
-        samples.append(before.elapsed_time(after) / 1e3)  # type: ignore[no-untyped-call]
-    return statistics.median(samples)
+        after.record()
+        after.synchronize()
+        samples.append(before.elapsed_time(after) / 1e3)
+    return float(statistics.median(samples))
 
 
 def tuning_is_on() -> bool:

@@ -55,7 +55,7 @@ VARIANTS = (
     Variant(linear("int", 4, True, "group", 20, "bfloat16", "float16"), SMALL, (80,), stages=2),
     Variant(linear("int", 4, False, "row", 0, "float32", "float16"), SPLIT, (90,), aligned=False),
     # Other widths and values.
-    Variant(linear("int", 2, True, "group", 128, "bfloat16", "float16"), SMALL, BOTH),
+    Variant(linear("int", 2, True, "group", 128, "bfloat16", "float16"), SMALL, (90,)),
     Variant(linear("int", 3, True, "group", 128, "bfloat16", "bfloat16"), SMALL, (80,)),
     Variant(linear("int", 8, True, "group", 128, "bfloat16", "bfloat16"), SMALL, (90,)),
     Variant(linear("table", 4, False, "group", 64, "bfloat16", "bfloat16"), SMALL, (90,), stages=2),
@@ -94,13 +94,12 @@ VARIANTS = (
     *(
         Variant(form, {"BLOCK_M": 16, "BLOCK_N": 64, "SPLITS": 1}, where, stages=2)
         for form, where in (
-            (SparseForm(16, False, 0, "float16"), BOTH),
+            (SparseForm(16, False, 0, "float16"), (90,)),
             (SparseForm(4, True, 128, "bfloat16"), (90,)),
             (SparseForm(8, False, 0, "float16", True), (80,)),
         )
     ),
     # Rows.
-    Variant(QuantizeForm("plain", "int8", 8, "bfloat16"), {"BLOCK": 4096}, (80,), "", 8, 1),
     Variant(QuantizeForm("rms-norm", "int8", 8, "bfloat16"), {"BLOCK": 4096}, BOTH, "", 8, 1),
     Variant(QuantizeForm("layer-norm", "e5m2", 8, "float16"), {"BLOCK": 4096}, (90,), "", 8, 1),
     Variant(QuantizeForm("gate", "e4m3", 8, "bfloat16"), {"BLOCK": 4096}, (90,), "", 8, 1),
