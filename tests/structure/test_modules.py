@@ -15,7 +15,7 @@ from fxcompress.capture import Program, capture_model
 from fxcompress.examples import call_arguments
 from fxcompress.manager import run_recipe
 from fxcompress.structure.build import Built, build_cut_module
-from fxcompress.structure.cut_program import mask_weights
+from fxcompress.structure.mask_program import mask_weights
 from tests.engine.structural import DropBlocks, KeepFirst
 from tests.zoo import entry, generate_tokens, scores
 
