@@ -51,7 +51,7 @@ def expert_wanda(inputs: ExpertInputs) -> Tensor:
 
 
 def expert_flap(inputs: ExpertInputs) -> Tensor:
-    """``[E]``: ``Σ_j Var[x_j] · Σ_i w_ij² · rows / T`` (An et al., 2024, equation 5, of an expert's own rows)."""
+    """``[E]``: ``Σ_j Var[x_j] · Σ_i w_ij² · rows / T`` (An et al., 2024, equation 5, for an expert)."""
     count = inputs.rows.clamp_min(1)[:, None]
     variance = (inputs.squares / count - (inputs.sums / count).square()).clamp_min(0)
     share = inputs.rows / inputs.rows.sum().clamp_min(1)

@@ -4,8 +4,8 @@
 
 Masking sets the units' slices to zero in every member, and their scores to minus infinity where they
 compete; cutting removes them and rewrites the graph. Both run in float64, so that agreement means equality up
-to the order of additions. A group that passes for random units is what the analysis claims it is; the analysis
-itself is tested against this.
+to the order of additions. A group that passes for random units is what the analysis claims it is; the
+analysis itself is tested against this.
 """
 
 from __future__ import annotations

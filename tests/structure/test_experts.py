@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,9 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcompress.analysis.channel_groups import ChannelGroups, find_channel_groups
+from fxcompress.calibration import as_calibration
 from fxcompress.capture import capture_model
 from fxcompress.capture.program import Program
-from fxcompress.errors import WeightError
+from fxcompress.edits import KeepUnits, Refuse, StructuralEdit
+from fxcompress.errors import RecipeError, WeightError
+from fxcompress.manager import RunResult, run_recipe
+from fxcompress.pass_base import ModelContext
+from fxcompress.passes import PruneChannels
 from fxcompress.structure.cut_program import cut_program
 from fxcompress.structure.mask_program import mask_program
 from fxcompress.structure.oracle import check_kept
@@ -216,3 +222,63 @@ def test_what_would_notice_is_frozen(route: Route, reason: str) -> None:
     found = [g.frozen for g in groups.frozen for m in g.members if (m.name, m.dim) == ("gate.weight", 0)]
     assert len(found) == 1
     assert reason in found[0]
+
+
+# --- pruning -----------------------------------------------------------------------------------------------
+
+
+def prune(route: Route, **options: Any) -> RunResult:
+    program, _, x = analysed(route)
+    data = as_calibration([(x,), (torch.randn(TOKENS, WIDTH),)], program)
+    return run_recipe(program, PruneChannels(**{"granularity": "experts", **options}), data)
+
+
+@pytest.mark.parametrize("importance", ["l1", "wanda", "flap", "taylor"])
+def test_every_criterion_cuts_experts(importance: str) -> None:
+    """The proof that the cut equals the mask is part of the run."""
+    result = prune(sorted_rows, importance=importance, amount=0.4, scope="global")
+    (units,) = result.rounds[0].change.kept.values()
+    assert len(units) == 3
+    assert result.program.weights["up"].shape == (3, WIDTH, HIDDEN)
+    assert result.program.weights["gate.weight"].shape == (3, WIDTH)
+    assert result.report.structure is not None
+    after, before = (result.report.structure[when]["parameters"] for when in ("after", "before"))
+    each = WIDTH + 1 + 2 * WIDTH * HIDDEN + WIDTH  # a row of the router, two matrices, a bias
+    assert before - after == 2 * each
+
+
+def test_experts_and_their_channels_in_two_rounds() -> None:
+    result = prune(sorted_rows, granularity=("experts", "channels"), amount=0.4, steps=2, importance="wanda")
+    assert len(result.rounds) == 2
+    assert result.program.weights["up"].shape == (3, WIDTH, 4)
+
+
+def test_no_more_can_go_than_the_router_leaves() -> None:
+    with pytest.raises(
+        RecipeError, match=r"leave 1 of 5 experts.*2 are chosen at once: at most 0.600 can go"
+    ):
+        prune(one_hot, amount=0.8)
+    with pytest.raises(RecipeError, match=r"amount=0.9 of parameters cannot be taken.*at most 0.5"):
+        prune(one_hot, amount=0.9, target="parameters")
+    with pytest.raises(RecipeError, match="1 of 5 experts would stay, but its router chooses 2"):
+        prune_to_one()
+    assert [len(units) for units in prune(one_hot, amount=0.6).rounds[0].change.kept.values()] == [2]
+    assert [len(u) for u in prune(one_hot, amount=0.6, round_to=3).rounds[0].change.kept.values()] == [3]
+
+
+def prune_to_one() -> None:
+    program, groups, x = analysed(one_hot)
+    (group,) = (group for group in groups if group.kind == "experts")
+
+    @dataclass(frozen=True)
+    class One(PruneChannels):
+        def choose(self, model: ModelContext) -> Iterator[StructuralEdit | Refuse]:
+            yield KeepUnits(group.name, torch.tensor([2]), "alone")
+
+    run_recipe(program, One(granularity="experts"), as_calibration([(x,)], program))
+
+
+@pytest.mark.parametrize("option", ["recover", "compensate"])
+def test_there_is_nothing_to_refit_for_experts_alone(option: str) -> None:
+    with pytest.raises(RecipeError, match=f"{option}=true has nothing to refit"):
+        PruneChannels(granularity="experts", importance="flap", **{option: True})
