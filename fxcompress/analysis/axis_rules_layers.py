@@ -75,5 +75,5 @@ def _grouped_product(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) ->
     return product(typing, node, [(rows, ["t", "k"]), (matrices, ["e", "k", "n"])], ["t", "n"])
 
 
-for _name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback"):
+for _name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback", "transformers::grouped_mm"):
     _RULES[_name] = _grouped_product

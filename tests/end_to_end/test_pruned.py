@@ -80,7 +80,7 @@ def test_tiny_decoder(quantized: list[Any], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_experts(tmp_path: Path) -> None:
-    """A quarter of the experts by the rows they are given, then W4; the configuration says how many are left."""
+    """A quarter of the experts by the rows they are given, then W4; the configuration tells how many stay."""
     model = entry("qwen3-moe").build()
     generator = torch.Generator().manual_seed(0)
     data = [{"input_ids": torch.randint(1, 100, (2, 8), generator=generator)} for _ in range(4)]
