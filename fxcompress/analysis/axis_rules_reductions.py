@@ -85,6 +85,7 @@ def _choice(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     if not chosen or len(chosen) != 1 or args.get("largest") is False:
         return _statistic(typing, node, args)
     source = args.get("self", args.get("input"))
+    assert isinstance(source, fx.Node)
     held = typing.of(source)
     index = place(chosen[0], len(held))
     dim, count = held[index], args.get("k", 1)

@@ -33,7 +33,7 @@ def analysed(animal: ZooEntry) -> tuple[Program, ChannelGroups, list[Any]]:
 def some(groups: ChannelGroups, share: float = 0.6) -> dict[str, Tensor]:
     """Random units to keep, of every group."""
     return {
-        group.name: torch.randperm(group.units)[: max(1, int(share * group.units))].sort().values
+        group.name: torch.randperm(group.units)[: max(group.least, int(share * group.units))].sort().values
         for group in groups
     }
 
