@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fxcompress.analysis.channel_group import Route
 from fxcompress.edit_types import (
     Edit,
     FuseSites,
@@ -69,6 +70,7 @@ class CompressionState:
         provenance: Who did what to a parameter.
         kept: Units kept of every channel group that the next cut makes smaller, by the group's name.
         removed: A parameter of every block that the next cut removes.
+        closed: Op in which units compete → ``(where, [gone])``: units that must lose there.
         masks: Masks of pruned parameters.
         unpruned: What a pruned parameter was before, until another edit changes it.
         sensitivities: See :class:`SetSensitivity`.
@@ -83,6 +85,7 @@ class CompressionState:
     provenance: dict[str, list[Provenance]] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    closed: dict[str, tuple[Route, Tensor]] = field(default_factory=dict)
     masks: dict[str, SparsityMask] = field(default_factory=dict)
     unpruned: dict[str, Tensor] = field(default_factory=dict)
     sensitivities: dict[str, SetSensitivity] = field(default_factory=dict)
@@ -190,6 +193,7 @@ class CompressionState:
             {name: list(entries) for name, entries in self.provenance.items()},
             dict(self.kept),
             self.removed,
+            dict(self.closed),
             dict(self.masks),
             dict(self.unpruned),
             dict(self.sensitivities),

@@ -70,7 +70,9 @@ class Budget:
         """
         allowed = self._allowed(model)
         if self.target == "units" and self.everywhere:
-            return {group.name: self.kept(group.units, 1 - allowed) for group in groups}
+            for group in groups:
+                self._check_reachable(group, 1 - allowed)
+            return {group.name: self.kept(group.units, 1 - allowed, group.least) for group in groups}
         at_level, levels = self._same_share(groups) if self.everywhere else self._ranked(groups, scores)
         low, high = 0, levels
         least = self._left(model, groups, at_level(levels))
@@ -89,10 +91,21 @@ class Budget:
                 low = middle + 1
         return at_level(low)
 
-    def kept(self, units: int, share: float) -> int:
-        """How many of ``units`` stay when a share goes."""
-        wanted = max(round(units * (1 - share)), round(units * (1 - self.max_amount)), 1)
+    def kept(self, units: int, share: float, least: int = 1) -> int:
+        """How many of ``units`` stay when a share goes, and ``least`` cannot."""
+        wanted = max(round(units * (1 - share)), round(units * (1 - self.max_amount)), least)
         return min(units, -(-wanted // self.round_to) * self.round_to)
+
+    def _check_reachable(self, group: ChannelGroup, share: float) -> None:
+        """Refuse a share that would leave fewer experts than the router chooses."""
+        wanted = max(round(group.units * (1 - share)), round(group.units * (1 - self.max_amount)), 1)
+        if wanted < group.least:
+            raise RecipeError(
+                f"{self.name}: amount={self.amount:g} of units would leave {wanted} of {group.units}"
+                f" {group.kind} in {group.name}, but {group.least} are chosen at once: at most"
+                f" {1 - group.least / group.units:.3f} can go.",
+                fix="lower amount or max_amount, or exclude this group.",
+            )
 
     def _have(self, model: ModelContext) -> float:
         """What of the model before the first round is still there, as a share."""
@@ -120,7 +133,7 @@ class Budget:
         levels = max(group.units for group in groups)
 
         def at_level(level: int) -> Counts:
-            return {group.name: self.kept(group.units, level / levels) for group in groups}
+            return {group.name: self.kept(group.units, level / levels, group.least) for group in groups}
 
         return at_level, levels
 
@@ -140,7 +153,7 @@ class Budget:
         def at_level(level: int) -> Counts:
             gone = torch.bincount(owner[:level], minlength=len(groups)).tolist()
             return {
-                group.name: self.kept(group.units, less / group.units)
+                group.name: self.kept(group.units, less / group.units, group.least)
                 for group, less in zip(groups, gone, strict=True)
             }
 

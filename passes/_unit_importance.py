@@ -9,7 +9,8 @@
     taylor-mixed    Σ |w · ḡ − ½ w² F|                                               "
 
 ḡ is the mean gradient over calibration batches. Taylor scores are taken for every member of a group by
-itself and then combined; the activation criteria look at the weights that read a unit, as their papers do.
+itself and then combined; the activation criteria look at the weights that read a unit, as their papers do,
+and for experts at their own matrices (:mod:`._expert_importance`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from fxcompress.analysis.channel_group import ChannelGroup, GroupMember
 from fxcompress.analysis.site_types import Site, SiteKind
 from fxcompress.pass_base import BlockContext, ModelContext, Statistics
+from fxcompress.passes._expert_importance import expert_flap, expert_wanda, over_experts
 
 __all__ = ["COMBINE", "GRADIENTS", "IMPORTANCE", "Importance", "reading_sites", "slices"]
 
@@ -104,7 +106,9 @@ def wanda(model: ModelContext, groups: Sequence[ChannelGroup]) -> dict[str, Tens
     def score(reading: Reading) -> Tensor:
         return _columns(model, reading.member).abs().sum(1) * reading.inputs.second_moment.double().sqrt()
 
-    return _over_readings(model, groups, lambda group, parts: parts.sum(1), score)
+    channels, experts = _by_kind(groups)
+    found = _over_readings(model, channels, lambda group, parts: parts.sum(1), score)
+    return {**found, **over_experts(model, experts, expert_wanda)}
 
 
 def flap(model: ModelContext, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
@@ -120,7 +124,16 @@ def flap(model: ModelContext, groups: Sequence[ChannelGroup]) -> dict[str, Tenso
     def whole(group: ChannelGroup, parts: Tensor) -> Tensor:
         return parts.square().mean(1) if group.kind == "heads" else parts.sum(1)
 
-    return _over_readings(model, groups, whole, score)
+    channels, experts = _by_kind(groups)
+    return {
+        **_over_readings(model, channels, whole, score),
+        **over_experts(model, experts, expert_flap),
+    }
+
+
+def _by_kind(groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
+    """Channels and heads, whose readers are measured, and experts, whose own matrices are."""
+    return [g for g in groups if g.kind != "experts"], [g for g in groups if g.kind == "experts"]
 
 
 def _columns(model: ModelContext, member: GroupMember) -> Tensor:

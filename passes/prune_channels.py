@@ -46,13 +46,15 @@ class PruneChannels(SelectivePass, StructuralPass):
             ``"memory"`` of the whole model; ``"latency"`` as a roofline of products models it.
         importance: What a unit is kept for. Without data: ``"l1"`` (default) and ``"l2"``, the magnitude of
             the weights that compute and read it. From activations: ``"wanda"``, ``"flap"``. From gradients of
-            the loss: ``"taylor"``, ``"taylor-vector"``, ``"taylor-second"``, ``"taylor-mixed"``.
+            the loss: ``"taylor"``, ``"taylor-vector"``, ``"taylor-second"``, ``"taylor-mixed"``. Those from
+            activations judge an expert by the rows that its own matrices are given.
         scope: ``"group"``: every group loses the same share of its units. ``"global"``: units of all groups
             compete. Default: ``"global"`` for FLAP, else ``"group"``.
         standardize: (global) Compare ``(score − mean) / deviation`` within each group. Default: for FLAP.
         combine: (Taylor) How the scores of the weights of a group become one: ``"sum"`` (default),
             ``"mean"``, ``"max"`` or ``"prod"``.
         granularity: Kinds of units to cut. Default ``("channels",)``; also ``"heads"``, ``"experts"``.
+            As many experts stay as the router chooses at once.
         round_to: The number of units kept is a multiple of this, rounded up; kernels like multiples of 8 to
             64. Default 1.
         max_amount: No group loses more than this share of its units. Default 1: each keeps a unit.
@@ -133,6 +135,12 @@ class PruneChannels(SelectivePass, StructuralPass):
             raise RecipeError(
                 f"{self.name}: granularity={self.granularity!r},"
                 f" expected some of {', '.join(map(repr, KINDS))}."
+            )
+        if self.granularity == ("experts",) and (self.recover or self.compensate):
+            option = "recover" if self.recover else "compensate"
+            raise RecipeError(
+                f"{self.name}: {option}=true has nothing to refit: no weight reads the experts one by one.",
+                fix=f"leave out {option}, or cut channels or heads as well.",
             )
         for option in ("standardize", "compensate", "recover"):
             if getattr(self, option) not in ((True, False) if option == "recover" else (True, False, None)):

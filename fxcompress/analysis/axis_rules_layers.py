@@ -66,12 +66,14 @@ def _grouped_product(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) ->
         return None
     reason = f"{describe(node)} deals its rows by data"
     typing.axes.freeze(typing.of(rows)[0], reason)
-    typing.axes.freeze(typing.of(matrices)[0], reason)
-    typing.experts.append(typing.of(matrices)[0])
-    for offsets in rest:
-        typing.freeze_all(offsets, reason)
+    experts = typing.of(matrices)[0]
+    typing.experts.append(experts)
+    if len(rest) != 1:
+        typing.axes.freeze(experts, reason)
+    for ends in rest:  # where each expert's rows end; a masked one has none
+        typing.axes.unify(experts, typing.of(ends)[0], reason)
     return product(typing, node, [(rows, ["t", "k"]), (matrices, ["e", "k", "n"])], ["t", "n"])
 
 
-for _name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback"):
+for _name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback", "transformers::grouped_mm"):
     _RULES[_name] = _grouped_product

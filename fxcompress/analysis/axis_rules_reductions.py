@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxcompress.analysis.axes import size_value
+from fxcompress.analysis.axes import Dim, size_value
 from fxcompress.analysis.axis_rules import broadcast, moves, place, register
-from fxcompress.analysis.axis_typing import AxisTyping, Dims, Effect, tensors
+from fxcompress.analysis.axis_typing import AxisTyping, Choice, Dims, Effect, tensors
 from fxcompress.analysis.op_arguments import aten_names, describe, op_name
 
 
@@ -45,11 +45,11 @@ def _remaining(typing: AxisTyping, held: Dims, chosen: set[int], value: Tensor, 
 
 
 _STATISTICS = """
-    mean var std var_mean std_mean amax amin argmax argmin logsumexp norm linalg_vector_norm all any prod
-    median nanmean softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp diff
-    topk sort argsort max min aminmax kthvalue mode flip roll tril triu fft_fft fft_ifft count_nonzero
+    mean var std var_mean std_mean amin argmin norm linalg_vector_norm all any prod
+    median nanmean cumprod cummax cummin logcumsumexp diff
+    min aminmax kthvalue mode flip roll tril triu fft_fft fft_ifft count_nonzero
 """
-_ZERO_OF_ZEROS = aten_names("mean amax amin norm linalg_vector_norm cumsum std var")
+_ZERO_OF_ZEROS = aten_names("mean amax amin norm linalg_vector_norm std var")
 _MOVES = ("aten::flip", "aten::roll")
 
 
@@ -72,6 +72,79 @@ def _statistic(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
         typing.effects[node] = Effect("any", (source,))
     reason = f"{describe(node)} works along it: a masked unit would still count"
     return along(typing, node, source, dims, reason)
+
+
+_CHOICES = "softmax _softmax log_softmax _log_softmax logsumexp topk max amax argmax"
+
+
+@register(_CHOICES)
+def _choice(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+    """Units compete; one that is masked does not if its score is minus infinity, and has no share then."""
+    dims = args.get("dim")
+    chosen = [dims] if isinstance(dims, int) else dims
+    if not chosen or len(chosen) != 1 or args.get("largest") is False:
+        return _statistic(typing, node, args)
+    source = args.get("self", args.get("input"))
+    assert isinstance(source, fx.Node)
+    held = typing.of(source)
+    index = place(chosen[0], len(held))
+    dim, count = held[index], args.get("k", 1)
+    reason = f"{describe(node)} works along it: a masked unit would still count"
+    if not isinstance(count, int):
+        return _statistic(typing, node, args)
+    typing.choices.append(Choice(node, source, index, dim, count, reason))
+    name = op_name(node)
+    if "softmax" in name:
+        if "log" not in name:
+            typing.effects[node] = Effect("masked", (source,), within=(dim,))
+        return held
+    value = node.meta["val"]
+    if name == "aten::argmax":
+        typing.labels[node] = dim
+    if name == "aten::amax":
+        typing.effects[node] = Effect("any", (source,), without=(dim,))
+    if isinstance(value, Tensor):
+        return _remaining(typing, held, {index}, value, reason)
+    typing.labels[node] = [None, dim]
+    return [_remaining(typing, held, {index}, item, reason) for item in value]
+
+
+@register("sort argsort")
+def _sort(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+    """Numbers of units are sorted alike whatever the numbers are, as long as their order is the same."""
+    numbers = typing.numbers(node, args["self"])
+    if numbers is not None and op_name(node) == "aten::sort":
+        typing.labels[node] = [numbers, None]
+    return _statistic(typing, node, args)
+
+
+@register("cumsum")
+def _cumsum(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+    """A masked unit that is zero adds nothing for those behind it; its own sum is not zero."""
+    source, held = args["self"], typing.of(args["self"])
+    dim = held[place(args["dim"], len(held))]
+    typing.effects[node] = Effect("any", (source,), without=(dim,))
+    typing.sums.append((node, source, dim))
+    return held
+
+
+@register("histc one_hot")
+def _counts(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+    """Numbers of units counted, or turned into vectors, along the dimension that they number."""
+    source = args["self"]
+    (*_, size) = typing.shape(node)
+    key = "bins" if op_name(node) == "aten::histc" else "num_classes"
+    known = typing.labels.get(source)
+    if known is None or isinstance(known, list) or args[key] != size or size != typing.axes.size(known):
+        return None
+    if key == "bins":
+        if args["min"] != 0 or args["max"] != size - 1:
+            return None
+        typing.literal(node, "max", None, args["max"], known, offset=-1)
+    typing.numbers(node, source)
+    typing.literal(node, key, None, size, known)
+    typing.effects[node] = Effect("masked", (source,), within=(known,))
+    return [known] if key == "bins" else [*typing.of(source), known]
 
 
 @register("sum nansum")
@@ -98,14 +171,25 @@ def _index(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     used = [dim for dim, index in enumerate(indices) if index is not None]
     if len(indices) != len(held) or any(not _integer(indices[dim]) for dim in used):
         return None
-    reason = f"{describe(node)} looks it up by data"
     for dim in used:
-        typing.axes.freeze(held[dim], reason)
+        _looked_up(typing, node, args["self"], held[dim], indices[dim])
     looked = broadcast(typing, node, [indices[dim] for dim in used])
     kept = [entry for dim, entry in enumerate(held) if dim not in used]
     adjacent = used == list(range(used[0], used[-1] + 1))
     first = used[0] if adjacent else 0
     return [*kept[:first], *looked, *kept[first:]]
+
+
+def _looked_up(typing: AxisTyping, node: fx.Node, table: fx.Node, dim: Dim, index: Any) -> None:
+    """Slices of ``table`` are taken by ``index``; by numbers of units, every unit has its own."""
+    reason = f"{describe(node)} looks it up by data"
+    numbers = typing.numbers(node, index)
+    if numbers is None:
+        typing.axes.freeze(dim, reason)
+        return
+    typing.axes.unify(dim, numbers, reason)
+    if table in typing.constant and len(typing.of(table)) > 2:
+        typing.experts.append(dim)
 
 
 def _integer(index: fx.Node) -> bool:
@@ -117,7 +201,7 @@ def _integer(index: fx.Node) -> bool:
 def _index_select(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     held = moves(typing, node, args)
     dim = place(args["dim"], len(held))
-    typing.axes.freeze(held[dim], f"{describe(node)} looks it up by data")
+    _looked_up(typing, node, args["self"], held[dim], args["index"])
     held[dim] = typing.of(args["index"])[0]
     return held
 
@@ -128,7 +212,9 @@ def _gather(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     dim = place(args["dim"], len(held))
     reason = f"{describe(node)} looks it up by data"
     for index, (one, two) in enumerate(zip(held, looked, strict=True)):
-        if index == dim or typing.axes.size(one) != typing.axes.size(two):
+        if index == dim:
+            _looked_up(typing, node, args["self"], one, args["index"])
+        elif typing.axes.size(one) != typing.axes.size(two):
             typing.axes.freeze(one, reason)
             typing.axes.freeze(two, reason)
         else:
@@ -136,8 +222,30 @@ def _gather(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     return list(looked)
 
 
-@register("scatter scatter_add scatter_reduce index_add index_copy index_fill index_put masked_scatter")
+@register("scatter")
 def _scatter(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
+    """Elements placed by numbers of units: a unit that has no number is left as it was."""
+    numbers = typing.labels.get(args["index"])
+    held = typing.of(args["self"])
+    if numbers is None or isinstance(numbers, list):
+        return _placed(typing, node, args)
+    dim = place(args["dim"], len(held))
+    typing.numbers(node, args["index"])
+    typing.taken.append(held[dim])
+    reason = f"{describe(node)} places its elements by data"
+    typing.axes.unify(held[dim], numbers, reason)
+    for placed in tensors(args["index"], args.get("src")):
+        for index, (one, two) in enumerate(zip(held, typing.of(placed), strict=True)):
+            if index == dim:
+                typing.axes.freeze(two, reason)
+            else:
+                typing.axes.unify(one, two, reason)
+    typing.effects[node] = Effect("any", (args["self"],), within=(held[dim],))
+    return list(held)
+
+
+@register("scatter_add scatter_reduce index_add index_copy index_fill index_put masked_scatter")
+def _placed(typing: AxisTyping, node: fx.Node, args: dict[str, Any]) -> Any:
     """Elements go where data says, so that nothing about channels survives."""
     reason = f"{describe(node)} places its elements by data"
     for source in node.all_input_nodes:

@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from fxcompress.analysis.axes import Axes, Dim, Size, size_value
+from fxcompress.analysis.axes import Axes, Axis, Dim, Size, size_value
+from fxcompress.analysis.axis_labels import follow_labels
 from fxcompress.analysis.op_arguments import arguments, describe, op_name
 from fxcompress.capture.program import Program
 
-__all__ = ["AxisTyping", "Effect", "Product", "Rule", "SizeLiteral", "type_axes"]
+__all__ = ["AxisTyping", "Choice", "Effect", "Product", "Rule", "SizeLiteral", "type_axes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +33,14 @@ class SizeLiteral:
         argument: Schema name of the argument.
         index: Place in the argument when it is a list.
         terms: Dimensions whose sizes add up to the value.
+        offset: Added to them: −1 for the number of the last unit.
     """
 
     node: fx.Node
     argument: str
     index: int | None
     terms: tuple[Dim, ...]
+    offset: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +74,39 @@ class Effect:
     """When a unit of the result is zero, in terms of the operands.
 
     ``"any"``: when it is in any operand and in every bias; ``"all"``: when it is in every operand
-    (``part``: in every operand that has it, as in a concatenation).
+    (``part``: in every operand that has it, as in a concatenation); ``"masked"``: whenever it is masked.
+    It says so about every dimension, or about those ``within`` alone, and about none of ``without``.
     """
 
-    kind: Literal["any", "all", "part"]
+    kind: Literal["any", "all", "part", "masked"]
     operands: tuple[fx.Node, ...]
     biases: tuple[fx.Node, ...] = ()
     role: Literal["adds", "scales", "moves"] = "moves"
+    within: tuple[Dim, ...] | None = None
+    without: tuple[Dim, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """An op in which the units of a dimension compete: a softmax, the largest, the best k.
+
+    A unit whose score is minus infinity there does not take part, as if it were cut.
+
+    Args:
+        node: The op.
+        source: The scores.
+        place: Their dimension along which they compete.
+        dim: That dimension.
+        count: How many units the op needs.
+        reason: Why units that are masked by zeros still count.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    place: int
+    dim: Dim
+    count: int
+    reason: str
 
 
 Dims: TypeAlias = "list[Dim]"
@@ -100,31 +129,57 @@ class AxisTyping:
     """Ops whose result is not finite where an operand is zero."""
     heads: list[Dim] = field(default_factory=list)
     experts: list[Dim] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    labels: dict[fx.Node, Any] = field(default_factory=dict)
+    """Values that are numbers of units: the dimension they number (by item, of ops with several results)."""
+    understood: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
+    """``(op, operand)``: what the op does with these numbers holds for any numbering."""
+    taken: list[Dim] = field(default_factory=list)
+    """Dimensions from which chosen units are taken out, so that others are chosen next."""
     numbered: dict[fx.Node, Dim] = field(default_factory=dict)
     """Vectors of fixed values along an axis; cutting the axis picks from them."""
     effects: dict[fx.Node, Effect] = field(default_factory=dict)
     mutated: set[fx.Node] = field(default_factory=set)
     constant: set[fx.Node] = field(default_factory=set)
     """Values that depend on no input of the model."""
+    _atoms: dict[Dim, frozenset[Axis]] = field(default_factory=dict)
 
     def of(self, node: fx.Node) -> Dims:
         """The dimensions of a tensor."""
         found: Dims = self.dims[node]
         return found
 
+    def atoms(self, dim: Dim) -> frozenset[Axis]:
+        """The variables inside a dimension, once every op is typed."""
+        found = self._atoms.get(dim)
+        if found is None:
+            found = self._atoms[dim] = frozenset(self.axes.variables(dim))
+        return found
+
+    def numbers(self, node: fx.Node, operand: Any) -> Dim | None:
+        """The dimension whose units ``operand`` holds numbers of, for an op that any numbering suits."""
+        held = self.labels.get(operand) if isinstance(operand, fx.Node) else None
+        if held is None:
+            return None
+        self.understood.add((node, operand))
+        found: Dim = held
+        return found
+
     def shape(self, node: fx.Node) -> list[Size]:
         """Sizes of a tensor."""
         return [size_value(size) for size in node.meta["val"].shape]
 
-    def literal(self, node: fx.Node, argument: str, index: int | None, value: Any, *terms: Dim) -> None:
+    def literal(
+        self, node: fx.Node, argument: str, index: int | None, value: Any, *terms: Dim, offset: int = 0
+    ) -> None:
         """Note a size in the arguments; values other than sizes (-1, inferred) are left alone."""
         if isinstance(value, int) and value == -1:
             return
-        if isinstance(value, int) and sum(self.axes.size(dim) for dim in terms) != value:
+        if isinstance(value, int) and sum(self.axes.size(dim) for dim in terms) + offset != value:
             for dim in terms:
                 self.axes.freeze(dim, f"the {argument} {value} of {describe(node)} is not understood")
             return
-        self.literals.append(SizeLiteral(node, argument, index, terms))
+        self.literals.append(SizeLiteral(node, argument, index, terms, offset))
 
     def fresh(self, node: fx.Node, reason: str) -> Any:
         """New dimensions that may not be cut, for every tensor the node yields."""
@@ -156,6 +211,7 @@ def type_axes(program: Program) -> AxisTyping:
     typing = AxisTyping(program)
     for node in program.graph.nodes:
         _type_node(typing, node)
+        follow_labels(typing, node)
     return typing
 
 

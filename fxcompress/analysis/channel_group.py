@@ -34,11 +34,27 @@ class GroupMember:
     role: Role
 
 
+@dataclass(frozen=True)
+class Route:
+    """An op in which the units of a group compete: a router's softmax, its choice of the best.
+
+    Args:
+        node: Name of the op in the graph.
+        argument: Name of its argument that holds the scores.
+        dim: Dimension of the scores along which the units lie, one each.
+    """
+
+    node: str
+    argument: str
+    dim: int
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """Units that can be removed one by one: cutting any of them equals masking it.
 
-    Masking zeroes the slices of every member, whatever its role.
+    Masking zeroes the slices of every member, whatever its role, and lets the unit lose wherever units
+    compete: its score is minus infinity there.
 
     Args:
         name: The first producing parameter and its dimension, ``"model.layers.0.mlp.gate_proj.weight:0"``.
@@ -48,6 +64,8 @@ class ChannelGroup:
         members: All tensors that hold a part of a unit; no (tensor, dim) twice.
         block: Index of the repeated block that holds the group's producers; -1 outside of blocks.
         frozen: Why the group cannot be cut; empty when it can.
+        routes: Where its units compete, in the order of the graph; experts that a router chooses.
+        least: How many units have to stay: as many as are chosen.
     """
 
     name: str
@@ -56,6 +74,8 @@ class ChannelGroup:
     members: tuple[GroupMember, ...]
     block: int = -1
     frozen: str = ""
+    routes: tuple[Route, ...] = ()
+    least: int = 1
 
     def producers(self) -> Iterator[GroupMember]:
         """Members whose slices compute the units."""

@@ -23,8 +23,9 @@ from torch import fx
 from fxcompress.analysis.axes import Axis, Dim
 from fxcompress.analysis.axis_typing import AxisTyping, type_axes
 from fxcompress.analysis.blocks import Block, find_blocks
-from fxcompress.analysis.channel_group import ChannelGroup, GroupMember, Kind
+from fxcompress.analysis.channel_group import ChannelGroup, GroupMember, Kind, Route
 from fxcompress.analysis.group_roles import find_kinds, find_roles
+from fxcompress.analysis.op_arguments import arguments
 from fxcompress.analysis.unit_masking import Judgement
 from fxcompress.analysis.unit_positions import unit_positions
 from fxcompress.capture.program import Program
@@ -88,10 +89,10 @@ def find_channel_groups(program: Program, blocks: list[Block] | None = None) -> 
         [('heads', 3), ('channels', 1536)]
     """
     typing = type_axes(program)
-    judgement = Judgement(typing)
+    kinds = find_kinds(typing)
+    judgement = Judgement(typing, kinds)
     found = _memberships(typing)
     roles = find_roles(typing, judgement)
-    kinds = find_kinds(typing, judgement)
     for axis, places in found.items():
         if not any(roles.get((name, dim, axis)) == "produces" for name, dim in places):
             judgement.freeze(axis, "no parameter computes it")
@@ -115,9 +116,20 @@ def find_channel_groups(program: Program, blocks: list[Block] | None = None) -> 
         axes[name] = axis
         kind: Kind = kinds.get(axis, "channels")
         reason = judgement.reasons.get(axis, "")
-        group = ChannelGroup(name, kind, axis.units, members, block_of.get(named.name, -1), reason)
+        routes = () if reason else _routes(judgement, axis)
+        block, least = block_of.get(named.name, -1), judgement.least(axis)
+        group = ChannelGroup(name, kind, axis.units, members, block, reason, routes, least)
         (frozen if reason else groups).append(group)
     return ChannelGroups(tuple(groups), tuple(frozen), typing, axes)
+
+
+def _routes(judgement: Judgement, axis: Axis) -> tuple[Route, ...]:
+    """Where the units of an axis compete."""
+    found = []
+    for choice in judgement.choices.get(axis, ()):
+        argument = next(name for name, value in arguments(choice.node).items() if value is choice.source)
+        found.append(Route(choice.node.name, argument, choice.place))
+    return tuple(found)
 
 
 def _unused(name: str, taken: Mapping[str, Axis]) -> str:

@@ -74,7 +74,7 @@ def find_roles(typing: AxisTyping, judgement: Judgement) -> dict[tuple[str, int,
     return roles.found
 
 
-def find_kinds(typing: AxisTyping, judgement: Judgement) -> dict[Axis, Kind]:
+def find_kinds(typing: AxisTyping) -> dict[Axis, Kind]:
     """Axes whose units are attention heads or experts.
 
     Products of two activations weigh every head by itself; a product with a weight for each slice of the
@@ -88,18 +88,18 @@ def find_kinds(typing: AxisTyping, judgement: Judgement) -> dict[Axis, Kind]:
         for alone, (_, dims) in zip(constant, made.operands, strict=True):
             if alone and len(dims) > 2:  # a stack of matrices
                 stack = next(iter(dims.values()))
-                for axis in judgement.atoms(stack):
+                for axis in typing.atoms(stack):
                     kinds.setdefault(axis, "experts")
         kind: Kind = "experts" if any(constant) else "heads"
         for dim in made.batch() if not all(constant) else ():
-            for axis in judgement.atoms(dim):
+            for axis in typing.atoms(dim):
                 if isinstance(axis.size, int) and kinds.get(axis) != "heads":
                     kinds[axis] = kind
     for dim in typing.experts:
-        for axis in judgement.atoms(dim):
+        for axis in typing.atoms(dim):
             kinds.setdefault(axis, "experts")
     for dim in typing.heads:
-        for axis in judgement.atoms(dim):
+        for axis in typing.atoms(dim):
             kinds[axis] = "heads"
     return kinds
 

@@ -177,6 +177,11 @@ class BlockRunner:
                 rows = self._call(node, args, kwargs)
                 return self._cast(apply_transforms(rows, form.transform_in))
         args, kwargs = self._quantized_edges(node, args, kwargs)
+        closed = self.state.closed.get(node.name)
+        if closed is not None:
+            route, gone = closed
+            close = functools.partial(_closed, dim=route.dim, gone=gone)
+            args, kwargs = replace_argument(node, args, kwargs, route.argument, close)
         return self._cast(self._call(node, args, kwargs))
 
     def _quantized_edges(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -310,6 +315,11 @@ class Walk:
                 f"{runner.block.name}: batch {index + 1} of {len(self.inputs)} cannot run: {lines[0]}",
                 fix="give batches of the shapes and dtypes that the model was captured with.",
             ) from error
+
+
+def _closed(scores: Tensor, dim: int, gone: Tensor) -> Tensor:
+    """Scores with minus infinity for units that are masked."""
+    return scores.index_fill(dim, gone.to(scores.device), float("-inf"))
 
 
 def _changes_io(form: SiteForm) -> bool:

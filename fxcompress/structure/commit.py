@@ -80,13 +80,23 @@ def check_structural(
         raise RecipeError(f"{edit.group}: kept is {kept.dtype} {tuple(kept.shape)}, expected [n] int64.")
     if kept.numel() == 0:
         raise RecipeError(f"{edit.group}: all {group.units} units would be cut.", fix="keep at least one.")
+    if kept.numel() < group.least:
+        raise RecipeError(
+            f"{edit.group}: {kept.numel()} of {group.units} {group.kind} would stay, but its router chooses"
+            f" {group.least} at once.",
+            fix=f"keep at least {group.least}.",
+        )
     ascending = bool((kept[1:] > kept[:-1]).all())
     if not ascending or int(kept[0]) < 0 or int(kept[-1]) >= group.units:
         raise RecipeError(f"{edit.group}: kept must be ascending units of 0…{group.units - 1}.")
 
 
 def mask(state: CompressionState, group: ChannelGroup, kept: Tensor) -> None:
-    """Zero the units of ``group`` that are not ``kept`` in the state's tensors."""
+    """Zero the units of ``group`` that are not ``kept``, and let them lose where they compete."""
+    cut = torch.ones(group.units, dtype=torch.bool)
+    cut[kept] = False
+    for route in group.routes:
+        state.closed[route.node] = (route, cut.nonzero().flatten())
     for member in group.members:
         value = state.weight(member.name).clone()
         gone = _gone(member, group.units, kept)

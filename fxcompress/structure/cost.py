@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.analysis.blocks import Block, find_blocks
+from fxcompress.analysis.op_arguments import op_name
 from fxcompress.capture.program import Program
 
-__all__ = ["Cost", "Sizes", "captured_sizes", "cost_of", "flops_of"]
+__all__ = ["Cost", "Sizes", "captured_sizes", "cost_of", "flops_of", "is_grouped"]
 
 aten = torch.ops.aten
 
@@ -114,8 +115,13 @@ def flops_of(node: fx.Node, sizes: Sizes = captured_sizes) -> int:
         node: Any node of the graph.
         sizes: Of the values. Default: those of the capture's example.
     """
-    count = _COUNTS.get(node.target)
+    count = _GROUPED if is_grouped(node) else _COUNTS.get(node.target)
     return 0 if count is None else count(node, sizes)
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Whether a node multiplies rows with a stack of matrices, each row with one of them."""
+    return op_name(node) in _GROUPED_NAMES
 
 
 def _tokens(program: Program) -> int:
@@ -173,6 +179,8 @@ def _einsum(node: fx.Node, sizes: Sizes) -> int:
     return 2 * math.prod(size.values())
 
 
+_GROUPED = _product(0, -1)
+_GROUPED_NAMES = ("aten::_grouped_mm", "transformers::grouped_mm_fallback", "transformers::grouped_mm")
 _COUNTS: Mapping[Any, Callable[[fx.Node, Sizes], int]] = {
     aten.linear.default: _product(0, -1),
     aten.matmul.default: _product(0, -1),
@@ -183,7 +191,6 @@ _COUNTS: Mapping[Any, Callable[[fx.Node, Sizes], int]] = {
     aten.baddbmm.default: _product(1, -1),
     aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
-    aten._grouped_mm.default: _product(0, -1),
     **{getattr(aten, f"conv{n}d").default: _convolution for n in (1, 2, 3)},
     **{getattr(aten, f"conv{n}d").padding: _convolution for n in (1, 2, 3)},
     aten.convolution.default: _convolution,

@@ -16,7 +16,7 @@ from fxcompress.analysis.axes import Axis, Dim
 from fxcompress.analysis.blocks import Block
 from fxcompress.analysis.channel_groups import ChannelGroups
 from fxcompress.capture.program import Program
-from fxcompress.structure.cost import Cost, Sizes, captured_sizes, cost_of, flops_of
+from fxcompress.structure.cost import Cost, Sizes, captured_sizes, cost_of, flops_of, is_grouped
 
 __all__ = ["CutCost"]
 
@@ -75,7 +75,8 @@ class CutCost:
 
             Σ over products of max(operations · tokens / captured tokens, balance · bytes of weights)
 
-        It counts no dispatch, no caches and no other ops, so it tells how times compare, not what they are.
+        Of the experts of a layer, as many are read as tokens were dealt to them, at most. It counts no
+        dispatch, no caches and no other ops, so it tells how times compare, not what they are.
 
         Args:
             kept: Group name → number of units that stay.
@@ -92,7 +93,7 @@ class CutCost:
         for node in self._products:
             before = flops_of(node)
             now = flops_of(node, sizes) if node in moving else before
-            read = self._weight_bytes[node] * (now / before)
+            read = self._weight_bytes[node] * (now / before) * _part_read(node, sizes, scale)
             total += max(now * scale, balance * read)
         return total
 
@@ -133,6 +134,14 @@ class CutCost:
         constant = self._groups.typing.constant
         values = [source.meta.get("val") for source in node.all_input_nodes if source in constant]
         return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor) and v.dim() > 1)
+
+
+def _part_read(node: fx.Node, sizes: Sizes, scale: float) -> float:
+    """Of a stack of matrices, at most as many are read as there are rows; 1 for all other products."""
+    if not is_grouped(node):
+        return 1.0
+    (whole, *_), (now, *_), (rows, *_) = captured_sizes(node.args[1]), sizes(node.args[1]), sizes(node)
+    return min(now, max(1.0, rows * scale)) / whole
 
 
 def _first_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from fxcompress.capture.values import infer_values
 from fxcompress.compat import fake_mode_of
 from fxcompress.errors import WeightError
 
-__all__ = ["cut_program", "cut_weights", "mask_weights"]
+__all__ = ["copy_program", "cut_program", "cut_weights", "kept_units"]
 
 
 def cut_program(program: Program, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> Program:
@@ -36,14 +36,15 @@ def cut_program(program: Program, groups: ChannelGroups, kept: Mapping[str, Tens
         kept: Group name → int64 ``[kept]``, the units that stay, ascending; groups not named stay whole.
 
     Raises:
-        WeightError: an unknown or frozen group; units out of range, repeated, unordered or none.
+        WeightError: an unknown or frozen group; units out of range, repeated, unordered, or
+            fewer than one or than are chosen at once.
 
     Example:
         >>> small = cut_program(program, groups, {groups.groups[0].name: torch.arange(8)})  # doctest: +SKIP
     """
-    chosen = _checked(groups, kept)
+    chosen = kept_units(groups, kept)
     counts = {groups.axes[group.name]: units.numel() for group, units in chosen}
-    copied, twin = _copy(program)
+    copied, twin = copy_program(program)
     for literal in groups.typing.literals:
         _rewrite(groups, literal, twin, counts)
     _rewrite_splits(groups, twin, counts)
@@ -62,7 +63,7 @@ def cut_weights(program: Program, groups: ChannelGroups, kept: Mapping[str, Tens
     A dimension in which several groups lie loses what any of them loses.
     """
     stays: dict[str, dict[int, Tensor]] = {}
-    for group, units in _checked(groups, kept):
+    for group, units in kept_units(groups, kept):
         gone = torch.ones(group.units, dtype=torch.bool)
         gone[units] = False
         for member in group.members:
@@ -80,21 +81,12 @@ def cut_weights(program: Program, groups: ChannelGroups, kept: Mapping[str, Tens
     return result
 
 
-def mask_weights(program: Program, groups: ChannelGroups, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the weights that hold units which are not kept, with those units zero: name → tensor."""
-    result: dict[str, Tensor] = {}
-    for group, units in _checked(groups, kept):
-        gone = torch.ones(group.units, dtype=torch.bool)
-        gone[units] = False
-        for member in group.members:
-            if member.name not in result:
-                result[member.name] = program.weights[member.name].detach().clone()
-            tensor = result[member.name]
-            tensor.index_fill_(member.dim, member.positions[gone].flatten().to(tensor.device), 0)
-    return result
+def kept_units(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> list[tuple[ChannelGroup, Tensor]]:
+    """The groups named, with the units that stay of each.
 
-
-def _checked(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> list[tuple[ChannelGroup, Tensor]]:
+    Raises:
+        WeightError: an unknown or frozen group; units out of range, repeated, unordered or too few.
+    """
     chosen = []
     for name, units in kept.items():
         try:
@@ -110,6 +102,12 @@ def _checked(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> list[tuple[Ch
             raise WeightError(
                 f"group {name!r}: every unit would be removed.", fix="keep at least one of its units."
             )
+        if ordered.numel() < group.least:
+            raise WeightError(
+                f"group {name!r}: {ordered.numel()} of its units would stay, but {group.least} are chosen at"
+                " once.",
+                fix=f"keep at least {group.least} of its units.",
+            )
         if int(ordered[0]) < 0 or int(ordered[-1]) >= group.units or bool((ordered.diff() <= 0).any()):
             raise WeightError(
                 f"group {name!r}: kept units must be ascending numbers below {group.units}, each once.",
@@ -119,7 +117,7 @@ def _checked(groups: ChannelGroups, kept: Mapping[str, Tensor]) -> list[tuple[Ch
     return chosen
 
 
-def _copy(program: Program) -> tuple[Program, dict[fx.Node, fx.Node]]:
+def copy_program(program: Program) -> tuple[Program, dict[fx.Node, fx.Node]]:
     """A copy of a program that shares its weights, and the new node of every old one."""
     twin: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
@@ -160,7 +158,7 @@ def _rewrite(
 
     def scaled(value: Any) -> Any:
         if isinstance(value, int):
-            return sum(new)
+            return sum(new) + literal.offset
         with node.graph.inserting_before(node):
             product = node.graph.call_function(operator.mul, (value, new[0]))
             quotient = node.graph.call_function(operator.floordiv, (product, old[0]))

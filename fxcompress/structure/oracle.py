@@ -2,9 +2,10 @@
 
     errors = check_groups(program, groups, program.flatten_inputs((), inputs))
 
-Masking sets the units' slices to zero in every member; cutting removes them and rewrites the graph. Both run
-in float64, so that agreement means equality up to the order of additions. A group that passes for random
-units is what the analysis claims it is; the analysis itself is tested against this.
+Masking sets the units' slices to zero in every member, and their scores to minus infinity where they
+compete; cutting removes them and rewrites the graph. Both run in float64, so that agreement means equality up
+to the order of additions. A group that passes for random units is what the analysis claims it is; the
+analysis itself is tested against this.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fxcompress.analysis.channel_groups import ChannelGroups
 from fxcompress.capture.precision import double_program, widen
 from fxcompress.capture.program import Program
 from fxcompress.errors import VerificationError
-from fxcompress.structure.cut_program import cut_program, mask_weights
+from fxcompress.structure.cut_program import cut_program
+from fxcompress.structure.mask_program import mask_program
 
 __all__ = ["TOLERANCE", "check_group", "check_groups", "check_kept"]
 
@@ -81,7 +83,7 @@ def check_groups(
     chosen: dict[str, Tensor] = {}
     for group in groups:
         if group.units > 1:
-            count = min(max(1, round(share * group.units)), group.units - 1)
+            count = min(max(1, round(share * group.units)), group.units - group.least)
             order = torch.randperm(group.units, generator=generator)
             chosen[group.name] = order[count:].sort().values
     errors = {name: check_kept(program, groups, {name: kept}, inputs) for name, kept in chosen.items()}
@@ -96,9 +98,7 @@ def check_kept(
 ) -> float:
     """Compare cutting with masking for given kept units; see :func:`check_group`."""
     wide = pytree.tree_map_only(Tensor, widen, list(inputs))
-    whole = double_program(program)
-    masked = whole.run_flat(wide, mask_weights(whole, groups, kept))
-    del whole
+    masked = double_program(mask_program(program, groups, kept)).run_flat(wide)
     cut = double_program(cut_program(program, groups, kept)).run_flat(wide)
     where = ", ".join(list(kept)[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
     worst = 0.0

@@ -76,12 +76,19 @@ def test_models_of_other_kinds(name: str, heads: int, channels: int) -> None:
     assert (found.count("heads"), found.count("channels")) == (heads, channels)
 
 
-def test_reasons_of_experts_name_what_deals_with_them() -> None:
+def test_routed_experts_and_the_reasons_of_those_in_groups() -> None:
     groups = of_zoo("mixtral")
-    assert "softmax" in reason(groups, "model.layers.0.mlp.gate.weight", 0)
-    experts = reason(groups, "model.layers.0.mlp.experts.down_proj", 0)
-    assert "grouped_mm" in experts
-    assert [g.kind for g in groups.frozen if g.frozen == experts] == ["experts"]
+    layer = "model.layers.0.mlp"
+    group = groups[f"{layer}.gate.weight:0"]
+    assert (group.kind, group.units, group.least, len(group.routes)) == ("experts", 4, 2, 2)
+    assert members(group) == {
+        (f"{layer}.gate.weight", 0): (1, "produces"),
+        (f"{layer}.experts.gate_up_proj", 0): (1, "consumes"),
+        (f"{layer}.experts.down_proj", 0): (1, "consumes"),
+    }
+    grouped = of_zoo("deepseek-v3")  # the router first chooses groups of experts
+    assert "aten::topk" in reason(grouped, "model.layers.1.mlp.gate.weight", 0)
+    assert "chooses among groups of experts" in reason(grouped, "model.layers.1.mlp.experts.down_proj", 0)
 
 
 class Plain(nn.Module):
@@ -217,12 +224,11 @@ class GatedExperts(nn.Module):
 
 
 @pytest.mark.parametrize("router", [False, True])
-def test_experts_are_units_unless_they_compete(router: bool) -> None:
+def test_experts_are_units_also_where_they_compete(router: bool) -> None:
     groups = find(GatedExperts(router), torch.randn(3, 6))
     found = {group.kind: group.units for group in groups}
-    assert found == ({"channels": 10} if router else {"experts": 4, "channels": 10})
-    if router:
-        assert "softmax" in reason(groups, "gate.weight", 0)
+    assert found == {"experts": 4, "channels": 10}
+    assert [len(group.routes) for group in groups if group.kind == "experts"] == [int(router)]
 
 
 def test_a_tied_weight_counts_at_every_use() -> None:

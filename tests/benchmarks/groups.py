@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxcompress.analysis.channel_group import ChannelGroup
 from fxcompress.analysis.channel_groups import ChannelGroups, find_channel_groups
 from fxcompress.capture import capture_model
 from fxcompress.capture.program import Program
@@ -89,11 +90,16 @@ def reasons(groups: ChannelGroups) -> dict[str, int]:
     return dict(Counter(texts).most_common())
 
 
+def gone(group: ChannelGroup) -> int:
+    """About a third of the units, as far as a router leaves them."""
+    return min(group.units // 3, group.units - group.least)
+
+
 def difference(program: Program, groups: ChannelGroups, inputs: dict[str, Any]) -> float:
     """All groups cut at once, about a third of the units of each, against masking."""
     generator = torch.Generator().manual_seed(0)
     kept = {
-        group.name: torch.randperm(group.units, generator=generator)[group.units // 3 :].sort().values
+        group.name: torch.randperm(group.units, generator=generator)[gone(group) :].sort().values
         for group in groups
         if group.units > 1
     }

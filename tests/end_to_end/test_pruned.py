@@ -79,6 +79,18 @@ def test_tiny_decoder(quantized: list[Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_experts(tmp_path: Path) -> None:
+    """A quarter of the experts by the rows they are given, then W4; the configuration tells how many stay."""
+    model = entry("qwen3-moe").build()
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(1, 100, (2, 8), generator=generator)} for _ in range(4)]
+    prune = {"prune-channels": {"amount": 0.25, "granularity": ["experts"], "importance": "wanda"}}
+    small = fxcompress.compress(model, [prune, *GPTQ4], data, progress=False)
+    assert small.report.structure["changed"] == {"num_local_experts": [4, 3]}
+    check(small, data[0]["input_ids"], tmp_path / "out")
+
+
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_packaged_model(smollm_small: Any, smollm_tokenizer: Any, tmp_path: Path) -> None:
     """Three blocks of the packaged model: a third of the heads and a quarter of the channels, then W4."""

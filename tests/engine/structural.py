@@ -35,7 +35,7 @@ class KeepFirst(StructuralPass):
         self.chosen.append(model.round)
         groups = [group for group in model.groups.values() if not group.frozen and group.kind in self.kinds]
         for number, group in enumerate(groups):
-            count = max(1, int(group.units * self.keep) - self.fewer * number)
+            count = max(group.least, int(group.units * self.keep) - self.fewer * number)
             if count < group.units:
                 yield KeepUnits(group.name, torch.arange(count), "the first ones")
 

@@ -14,7 +14,7 @@ from fxcompress.structure.cut_program import cut_program
 from tests.engine.models import WIDTH, decoder
 from tests.zoo import entry
 
-NAMES = ("llama-tied-odd", "gpt2-odd", "gpt-neox", "bert", "vit", "convnext", "resnet", "unet")
+NAMES = ("llama-tied-odd", "gpt2-odd", "gpt-neox", "bert", "vit", "convnext", "resnet", "unet", "mixtral")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -27,7 +27,7 @@ def test_predicted_costs_are_those_of_the_cut_program(name: str) -> None:
     assert cost.of({}) == cost_of(program, plan.blocks)
     generator = torch.Generator().manual_seed(0)
     kept = {
-        group.name: torch.arange(int(torch.randint(1, group.units, (), generator=generator)))
+        group.name: torch.arange(int(torch.randint(group.least, group.units, (), generator=generator)))
         for group in groups
         if group.units > 1
     }
@@ -37,6 +37,18 @@ def test_predicted_costs_are_those_of_the_cut_program(name: str) -> None:
     assert (found.parameters, found.flops, found.bytes) == (cut.parameters, cut.flops, cut.bytes)
     assert sum(row[1] for row in found.blocks) == found.flops
     assert found.flops < cost.of({}).flops
+
+
+def test_a_decoding_step_reads_the_experts_that_are_chosen() -> None:
+    """Two of four experts per token: one that goes is not read, and was not; it counts for a long prompt."""
+    program = capture_model(entry("mixtral").build(), kwargs=entry("mixtral").inputs(2, 8))
+    groups = find_channel_groups(program)
+    cost = CutCost(program, Plan(program).blocks, groups)
+    fewer = {group.name: 3 for group in groups if group.kind == "experts"}
+    row = 4.0 * 64 * 4.0 * len(fewer)  # the router's row, float32, at 4 operations per byte
+    assert cost.latency({}, 1, 4.0) - cost.latency(fewer, 1, 4.0) == pytest.approx(row)
+    assert cost.latency({}, 4, 1e3) - cost.latency(fewer, 4, 1e3) > 100 * row
+    assert cost.of(fewer).flops == cost.of({}).flops - len(fewer) * 2 * 16 * 64
 
 
 def test_latency_follows_bytes_when_decoding_and_operations_in_prefill() -> None:

@@ -77,6 +77,45 @@ def test_wanda_weighs_columns_by_the_root_mean_square() -> None:
     assert scores_of("wanda") == pytest.approx([4 * (35 / 3) ** 0.5, 2 * 6**0.5], rel=1e-6)
 
 
+class ThreeExperts(nn.Module):
+    """Tokens go to the expert of the largest coordinate; the third is never chosen. One matrix each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(2, 3, bias=False)
+        self.matrices = nn.Parameter(torch.ones(3, 2, 2) * torch.tensor([1.0, 2.0, 9.0])[:, None, None])
+        self.last = nn.Linear(2, 1)
+        with torch.no_grad():
+            self.gate.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.gate(x).topk(1).indices.reshape(-1)
+        experts, places = chosen.sort()
+        ends = torch.histc(experts.float(), 3, 0, 2).cumsum(0, dtype=torch.int32)
+        made = torch.ops.transformers.grouped_mm_fallback(x[places], self.matrices, ends)
+        y: Tensor = self.last(made[places.argsort()])
+        return y
+
+
+@pytest.mark.parametrize(
+    ("importance", "expected"),
+    [
+        ("l1", [1 + 4, 1 + 8, 2 + 36]),
+        ("wanda", [2 * (20 / 3) ** 0.5 + 2 * (2 / 3) ** 0.5, 4 * (1 / 3) ** 0.5 + 4 * 3**0.5, 0]),
+        ("flap", [2 * 1 * 2 / 3, 0, 0]),  # the first expert has two of three rows, which differ in x_0
+    ],
+)
+def test_experts_are_judged_by_the_rows_they_are_given(importance: str, expected: list[float]) -> None:
+    import transformers.integrations.moe  # noqa: F401  (registers the grouped product)
+
+    x = torch.tensor([[4.0, 1.0], [1.0, 3.0], [2.0, 1.0]])
+    program = capture_model(ThreeExperts().eval(), (torch.randn(3, 2),))
+    options = {"importance": importance, "granularity": "experts"}
+    run_recipe(program, Recording(0.3, **options), as_calibration([(x,)], program), verify="off")  # type: ignore[arg-type]
+    (found,) = Recording.seen.values()
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def member() -> GroupMember:
     return GroupMember("w", 0, torch.arange(2).unsqueeze(1), "produces")
 

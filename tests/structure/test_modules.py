@@ -15,7 +15,7 @@ from fxcompress.capture import Program, capture_model
 from fxcompress.examples import call_arguments
 from fxcompress.manager import run_recipe
 from fxcompress.structure.build import Built, build_cut_module
-from fxcompress.structure.cut_program import mask_weights
+from fxcompress.structure.mask_program import mask_program, mask_weights
 from tests.engine.structural import DropBlocks, KeepFirst
 from tests.zoo import entry, generate_tokens, scores
 
@@ -77,6 +77,27 @@ def test_modules_follow(name: str, fewer: int, way: str) -> None:
     if way != GRAPH and entry(name).generates:
         ids = {"input_ids": kwargs["input_ids"]}
         assert generate_tokens(built.module, ids).shape == (kwargs["input_ids"].shape[0], 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "fewer", "changed"),
+    [("mixtral", 1, "num_experts"), ("gpt-oss", 0, "num_local_experts")],
+    ids=["layers-of-their-own", "configuration"],
+)
+@torch.no_grad()
+def test_modules_follow_fewer_experts(name: str, fewer: int, changed: str) -> None:
+    """What the router may choose at once stays, whatever equals the number of experts."""
+    model, kwargs, program, built = cut(name, KeepFirst(keep=0.99, fewer=fewer, kinds=("experts",)))
+    (change,) = built.structure.changes
+    assert [len(units) for units in change.kept.values()] == ([3, 2] if fewer else [3, 3])
+    changes = (*built.structure.config, *built.structure.attributes)
+    assert {change.name for change in changes} == {changed}
+    assert bool(built.structure.config) == (fewer == 0)
+    assert built.module.config.num_experts_per_tok == model.config.num_experts_per_tok
+    kept = {name: torch.tensor(units) for name, units in change.kept.items()}
+    whole = mask_program(program, find_channel_groups(program), kept)
+    close(scores(built.module(**kwargs)), whole.run_flat(program.flatten_inputs((), kwargs))[0])
+    assert generate_tokens(built.module, {"input_ids": kwargs["input_ids"]}).shape == (2, 4)
 
 
 def test_attributes_that_nothing_needs_stay() -> None:

@@ -28,8 +28,9 @@ def compress(name: str, *passes: Any) -> fxcompress.CompressedModel:
         ("qwen3", (KeepFirst(), DropBlocks((0,)))),
         ("llama-tied-odd", (KeepFirst(kinds=("channels",)),)),
         ("t5", (KeepFirst(),)),
+        ("olmoe", (KeepFirst(keep=0.75, kinds=("experts",)),)),
     ],
-    ids=["qwen3", "llama", "t5"],
+    ids=["qwen3", "llama", "t5", "olmoe"],
 )
 @torch.no_grad()
 def test_transformers_loads_it(name: str, passes: tuple[Any, ...], tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ def verify(data: st.DataObject, rank: int) -> None:
     program = capture_model(network, (x,))
     groups = find_channel_groups(program)
     kept = {
-        group.name: torch.tensor(sorted(data.draw(st.sets(st.integers(0, group.units - 1), min_size=1))))
+        group.name: torch.tensor(
+            sorted(data.draw(st.sets(st.integers(0, group.units - 1), min_size=group.least)))
+        )
         for group in groups
     }
     if kept:
