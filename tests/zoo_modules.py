@@ -139,6 +139,29 @@ class UNet(nn.Module):
         return out
 
 
+class DenseNet(nn.Module):
+    """Every layer reads what all before it gave: `[B, 3, H, W] -> [B, 6]`, 2 divides H and W."""
+
+    def __init__(self, growth: int = 6, layers: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 10, 3, padding=1)
+        widths = [10 + growth * index for index in range(layers + 1)]
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[:-1])
+        self.squeezes = nn.ModuleList(nn.Conv2d(width, 14, 1, bias=False) for width in widths[:-1])
+        self.grows = nn.ModuleList(nn.Conv2d(14, growth, 3, padding=1, bias=False) for _ in widths[:-1])
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.halve = nn.Conv2d(widths[-1], 18, 1, bias=False)
+        self.head = nn.Linear(18, 6)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image)
+        for norm, squeeze, grow in zip(self.norms, self.squeezes, self.grows, strict=True):
+            x = torch.cat([x, grow(squeeze(F.relu(norm(x))))], dim=1)
+        x = F.avg_pool2d(self.halve(F.relu(self.norm(x))), 2)
+        out: Tensor = self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return out
+
+
 class TemporalConv(nn.Module):
     """Causal dilated gated 1-d convolutions: `[B, 5, T] -> [B, 4, T]`."""
 

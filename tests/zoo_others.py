@@ -311,6 +311,7 @@ PLAIN: tuple[ZooEntry, ...] = (
         "cnn batchnorm depthwise grouped squeeze-excite",
         _random("image", 3, 16, 16),
     ),
+    _plain("densenet", zoo_modules.DenseNet, "cnn batchnorm concat", _random("image", 3, 8, 8)),
     _plain("unet", zoo_modules.UNet, "cnn transposed-conv concat groupnorm", _random("image", 3, 16, 16)),
     _plain(
         "temporal-conv",

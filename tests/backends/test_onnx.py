@@ -42,6 +42,11 @@ CASES: dict[str, tuple[Any, set[str], set[str]]] = {
     "fp8": ("fp8", {"DequantizeLinear", "Cast"}, set()),
     "fp8 static": ("fp8-static", {"DequantizeLinear", "Cast"}, {"QuantizeLinear"}),
     "clusters": ("w8a8-reorder", {"QuantizeLinear", "Gather"}, set()),
+    "fewer channels": (
+        [{"prune-channels": {"amount": 0.25, "importance": "l1"}}, *weights(bits=4, group_size=16)],
+        {"MatMulNBits"},
+        set(),
+    ),
     "factors": ("svd-llm-20", {"MatMul"}, {"MatMulNBits"}),
     "int8 factors": ("svd-llm-20-w8a16", {"MatMulNBits"}, {"MatMul"}),
     "factors of the error of int4": ("w4a16-eora", {"MatMulNBits"}, {"MatMul"}),
