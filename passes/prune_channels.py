@@ -178,11 +178,14 @@ class PruneChannels(SelectivePass, StructuralPass):
         self._check_some(chosen, refused)
         yield from refused
         scores = self.scores(model, chosen)
-        for group in chosen:
-            if group.name not in scores:
-                yield Refuse(_anchor(group), f"no weight that reads its {group.kind} could be measured")
+        unscored = [
+            Refuse(_anchor(group), f"no weight that reads its {group.kind} could be measured")
+            for group in chosen
+            if group.name not in scores
+        ]
+        yield from unscored
         scored = [group for group in chosen if group.name in scores]
-        self._check_some(scored, [])
+        self._check_some(scored, unscored)
         counts = self.budget().counts(model, scored, self._comparable(scores))
         for group in scored:
             count = counts[group.name]

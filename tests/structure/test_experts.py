@@ -90,6 +90,17 @@ def corrected(m: Experts, x: Tensor) -> Tensor:
     return (made[:, :, 0] * (shares / shares.sum(-1, keepdim=True))[..., None]).sum(1)
 
 
+def one_group(m: Experts, x: Tensor) -> Tensor:
+    """Code for groups of experts, of which there is one."""
+    scores = m.gate(x).sigmoid()
+    corrected = scores + m.correction
+    best = corrected.view(-1, 1, EXPERTS).topk(2).values.sum(-1)  # [T, 1]
+    open_ones = torch.zeros_like(best).scatter_(1, best.topk(1).indices, 1)
+    open_ones = open_ones[..., None].expand(-1, 1, EXPERTS).reshape(-1, EXPERTS)
+    chosen = corrected.masked_fill(~open_ones.bool(), float("-inf")).topk(m.count).indices
+    return m.dense(x, (F.one_hot(chosen, EXPERTS) * scores.gather(1, chosen)[..., None]).sum(1))
+
+
 def one_expert(m: Experts, x: Tensor) -> Tensor:
     logits = m.gate(x)
     share = (logits.amax(-1) - logits.logsumexp(-1)).exp()
@@ -138,6 +149,7 @@ ROUTES = {
     scattered: 2,
     looked_up: 2,
     corrected: 2,
+    one_group: 2,
     one_expert: 1,
     one_after_the_other: 2,
     sorted_rows: 2,
@@ -264,6 +276,16 @@ def test_no_more_can_go_than_the_router_leaves() -> None:
         prune_to_one()
     assert [len(units) for units in prune(one_hot, amount=0.6).rounds[0].change.kept.values()] == [2]
     assert [len(u) for u in prune(one_hot, amount=0.6, round_to=3).rounds[0].change.kept.values()] == [3]
+
+
+def test_experts_whose_rows_cannot_be_told_apart_need_another_criterion() -> None:
+    with pytest.raises(
+        RecipeError, match=r"none of 1 .*gate.weight: no weight that reads its experts could be"
+    ):
+        prune(looked_up, amount=0.4, importance="wanda")
+    assert [len(u) for u in prune(looked_up, amount=0.4, importance="l2").rounds[0].change.kept.values()] == [
+        3
+    ]
 
 
 def prune_to_one() -> None:
