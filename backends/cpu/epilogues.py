@@ -99,7 +99,8 @@ class Found(NamedTuple):
 def apply_gate(y: Tensor, function: str, lanes: int) -> Tensor:
     """The gated product of outputs ``[..., 2·I]`` that lie as a gated layout orders them: ``[..., I]``."""
     gate, other = y.unflatten(-1, (-1, 2, lanes)).unbind(-2)
-    return (_TORCH[function](gate) * other).flatten(-2)
+    product: Tensor = (_TORCH[function](gate) * other).flatten(-2)
+    return product
 
 
 def find_epilogues(
@@ -155,8 +156,12 @@ def function_name(node: fx.Node) -> str | None:
     if node.target is aten.gelu.default:
         tanh = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none") == "tanh"
         return "gelu_tanh" if tanh else "gelu"
-    names = {aten.relu.default: "relu", aten.silu.default: "silu", aten.sigmoid.default: "sigmoid"}
-    return names.get(node.target)  # type: ignore[arg-type]
+    names: dict[Any, str] = {
+        aten.relu.default: "relu",
+        aten.silu.default: "silu",
+        aten.sigmoid.default: "sigmoid",
+    }
+    return names.get(node.target)
 
 
 def _function(steps: _Steps, node: fx.Node) -> tuple[fx.Node, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -68,7 +68,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, _Cached, _Cached, fx.Node] | None
     if not all(isinstance(argument, fx.Node) for argument in (query, key, value, mask)) or causal or dropout:
         return None
     keys, values = _cached(key), _cached(value)
-    shapes = [node.meta["val"].shape for node in (query, mask)]
+    shapes = [cast("fx.Node", node).meta["val"].shape for node in (query, mask)]
     if keys is None or values is None or any(len(shape) != 4 for shape in shapes):
         return None
     heads, width = shapes[0][1], shapes[0][3]
@@ -105,14 +105,11 @@ def _repeats_heads(node: fx.Node) -> bool:
     if node.target in _SAME_VALUES:
         return node.target is not aten.slice.Tensor or str(before.shape) == str(after.shape)
     if node.target is aten.unsqueeze.default:
-        return node.args[1] == 2 and before.dim() == 4
+        return bool(node.args[1] == 2 and before.dim() == 4)
     merges = node.target in (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-    return (
-        merges
-        and before.dim() == 5
-        and after.dim() == 4
-        and before.shape[1] * before.shape[2] == after.shape[1]
-    )
+    if not merges or before.dim() != 5 or after.dim() != 4:
+        return False
+    return bool(before.shape[1] * before.shape[2] == after.shape[1])
 
 
 def _hides_later(graph: fx.Graph, mask: fx.Node, call: Mapping[str, Any]) -> bool:
@@ -144,7 +141,7 @@ def _value(graph: fx.Graph, wanted: fx.Node, call: Mapping[str, Any]) -> Tensor 
             values[node] = call[node.name]
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = node.target(*args, **kwargs)
         else:
             return None
         if node is wanted:

@@ -100,6 +100,8 @@ def _grouped_attention(
     def beside(x: FLOAT) -> FLOAT:  # [B, H, S, D] → [B, S, H·D]
         return onnx.Reshape(onnx.Transpose(x, perm=[0, 2, 1, 3]), onnx.Constant(value_ints=[0, 0, -1]))  # type: ignore[no-any-return]
 
+    assert q.shape is not None
+    assert k.shape is not None
     heads, width, kv_heads = q.shape[1], q.shape[3], k.shape[1]
     total = onnx.Cast(onnx.Shape(bias, start=3, end=4), to=6)  # int32 [1]
     batch = onnx.Shape(q, start=0, end=1)
