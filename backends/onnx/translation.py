@@ -100,13 +100,12 @@ def _grouped_attention(
     def beside(x: FLOAT) -> FLOAT:  # [B, H, S, D] → [B, S, H·D]
         return onnx.Reshape(onnx.Transpose(x, perm=[0, 2, 1, 3]), onnx.Constant(value_ints=[0, 0, -1]))  # type: ignore[no-any-return]
 
-    assert q.shape is not None
-    assert k.shape is not None
-    heads, width, kv_heads = q.shape[1], q.shape[3], k.shape[1]
+    queries, keys = _sizes(q), _sizes(k)
+    heads, width, kv_heads = queries[1], queries[3], keys[1]
     total = onnx.Cast(onnx.Shape(bias, start=3, end=4), to=6)  # int32 [1]
     batch = onnx.Shape(q, start=0, end=1)
     last = onnx.Expand(onnx.Sub(total, onnx.Cast(onnx.Constant(value_ints=[1]), to=6)), batch)
-    found, keys, values_ = _GROUP_QUERY_ATTENTION(
+    found, grown_k, grown_v = _GROUP_QUERY_ATTENTION(
         *(beside(q), beside(k), beside(v), past_k, past_v, last, onnx.Squeeze(total)),
         *(None, None, None, bias),
         num_heads=int(heads),
@@ -114,7 +113,12 @@ def _grouped_attention(
         scale=scale,
     )
     apart = onnx.Reshape(found, onnx.Constant(value_ints=[0, 0, int(heads), int(width)]))
-    return onnx.Transpose(apart, perm=[0, 2, 1, 3]), keys, values_
+    return onnx.Transpose(apart, perm=[0, 2, 1, 3]), grown_k, grown_v
+
+
+def _sizes(value: Any) -> Any:
+    """The sizes of a value of a graph under construction, whose eager type has none."""
+    return value.shape
 
 
 def _matmul_nbits(
