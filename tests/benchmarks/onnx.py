@@ -1,16 +1,20 @@
 """ONNX Runtime on our exports and on what its own quantizers make of the same model, interleaved.
 
-    python -m tests.benchmarks.onnx [--layers 30] [--tokens 128] [--rounds 5]
+    python -m tests.benchmarks.onnx [--layers 30] [--tokens 128] [--rounds 5] [--only files decoders]
 
 Every candidate runs once per round, in turn, so that a slower machine slows all of them; what counts is
-the ratio of the medians. Perplexities are over the same windows. Results go to ``results/onnx.json``.
+the ratio of the medians. Perplexities are over the same windows. Decoders are exported with their cache and
+generate in onnxruntime-genai, beside the model its own builder makes; their first 32 greedy tokens are
+compared with those of the compressed model in torch. Results go to ``results/onnx.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +31,15 @@ import fxcompress
 from fxcompress.backends.onnx.export import Signature, export_program
 from fxcompress.capture import capture_model
 from fxcompress.edits import CompressionState
-from tests.benchmarks.common import calibration_windows, environment, held_out, packaged_model, write
+from tests.benchmarks import peers_onnx
+from tests.benchmarks.common import (
+    RESULTS,
+    calibration_windows,
+    environment,
+    held_out,
+    packaged_model,
+    write,
+)
 
 OURS = {
     "ours w4a16": "w4a16",
@@ -112,18 +124,103 @@ def measure(runners: dict[str, Any], ids: Tensor, rounds: int) -> dict[str, floa
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+DECODERS = {"w4a16-gptq": "w4a16-gptq", "w8a8": "w8a8", "prune20-flap-w4a16-gptq": "prune20-flap-w4a16-gptq"}
+STEPS, PROMPT, GREEDY = 63, 128, 32
+
+
+def greedy(folder: Path, ids: Tensor, count: int) -> list[int]:
+    """Tokens that onnxruntime-genai generates from a folder."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(str(folder))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    length = ids.shape[1] + count
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(ids.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)]
+
+
+def decoders(model: Any, tokenizer: Any, data: Any, folder: Path, rounds: int) -> dict[str, Any]:
+    """Decoding and prompts in onnxruntime-genai, the builder's model first; agreement with torch."""
+    windows = torch.cat(list(held_out(tokenizer, 1).values()))
+    prompt = windows[:1, :64]
+    built = peers_onnx.build(model, tokenizer, folder)
+    folders, rows = {"onnxruntime-genai builder, int4": built}, {}
+    for label, recipe in DECODERS.items():
+        small = fxcompress.compress(model, recipe, data, tokenizer=tokenizer, progress=False, verify="off")
+        path = folder / label / "model.onnx"
+        path.parent.mkdir()
+        example = {"input_ids": windows[:, :32], "attention_mask": torch.ones(2, 32).long()}
+        report = small.export_onnx(path, cache=True, example_inputs=example)
+        folders[f"ours {label}"] = path.parent
+        settings = {"max_new_tokens": GREEDY, "min_new_tokens": GREEDY, "do_sample": False}
+        mask = torch.ones_like(prompt)
+        wanted = small.generate(input_ids=prompt, attention_mask=mask, **settings)[0].tolist()
+        found = greedy(path.parent, prompt, GREEDY)
+        same = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b), len(wanted))
+        rows[f"ours {label}"] = {
+            "equal greedy tokens of 32": same - prompt.shape[1],
+            "largest relative error": max(part.relative for part in report.parity),
+        }
+    ids = windows[:1, :512]
+    running = {name: peers_onnx.Genai(path, ids, PROMPT, STEPS) for name, path in folders.items()}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
+    for turn in range(rounds + 1):
+        for name, one in running.items():
+            found_rates = one.decode(), one.prefill(ids.shape[1])
+            if turn:
+                rates[name].append(found_rates)
+    base = rates["onnxruntime-genai builder, int4"]
+    for name, values in rates.items():
+        size = sum(f.stat().st_size for f in folders[name].glob("model.onnx*"))
+        rows.setdefault(name, {}).update(
+            {
+                "megabytes": size / 1e6,
+                "decode, builder = 1": statistics.median(
+                    a[0] / b[0] for a, b in zip(values, base, strict=True)
+                ),
+                "prompt, builder = 1": statistics.median(
+                    a[1] / b[1] for a, b in zip(values, base, strict=True)
+                ),
+                "decode tokens/s": statistics.median(a[0] for a in values),
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--only", nargs="*", choices=["files", "decoders"], default=["files", "decoders"])
     arguments = parser.parse_args()
     model, tokenizer = packaged_model()
     model.model.layers = model.model.layers[: arguments.layers]
     model.config.num_hidden_layers = arguments.layers
     calibration = calibration_windows(tokenizer, 8)
     data = [{"input_ids": row[None]} for row in calibration]
+    command = ["-m", "tests.benchmarks.onnx", *sys.argv[1:]]
+    known = RESULTS / "onnx.json"
+    content = json.loads(known.read_text()) if known.exists() else {}
+    content["environment"] = environment(command)
+    if "decoders" in arguments.only:
+        with tempfile.TemporaryDirectory() as name:
+            content["decoders"] = decoders(model, tokenizer, data, Path(name), arguments.rounds)
+            write("onnx", content)
+    if "files" in arguments.only:
+        content["rows"] = files(model, tokenizer, calibration, data, arguments)
+        write("onnx", content)
+
+
+def files(
+    model: Any, tokenizer: Any, calibration: Tensor, data: Any, arguments: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Size, perplexity and speed of whole sequences, of every file."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = folder / "float.onnx"
@@ -138,7 +235,7 @@ def main() -> None:
         windows = torch.cat(list(held_out(tokenizer, arguments.windows).values()))
         prefill = measure(runners, windows[:1, : arguments.tokens], arguments.rounds)
         single = measure(runners, windows[:1, :1], 4 * arguments.rounds)
-        rows = {
+        return {
             label: {
                 "megabytes": path.stat().st_size / 1e6,
                 "perplexity": perplexity(runners[label], windows),
@@ -147,8 +244,6 @@ def main() -> None:
             }
             for label, path in paths.items()
         }
-    options = [f"--{key} {value}" for key, value in vars(arguments).items()]
-    write("onnx", {"environment": environment(["-m tests.benchmarks.onnx", *options]), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -49,18 +49,31 @@ def caches(content: dict[str, Any]) -> list[str]:
 
 def onnx(content: dict[str, Any]) -> list[str]:
     """Exports beside what ONNX Runtime's own quantizers make."""
-    rows = content["rows"]
-    columns = list(next(iter(rows.values())))
     lines = ["## In ONNX Runtime", "", environment(content), ""]
+    if "decoders" in content:
+        lines += [
+            "Decoders exported with their cache, generating in onnxruntime-genai beside the model that its",
+            "own builder makes; all take turns.",
+            "",
+            *_table("folder", content["decoders"]),
+        ]
+    rows = content.get("rows")
+    if not rows:
+        return lines
     lines += [
         "The packaged model exported and run by ONNX Runtime, beside what its own quantizers make of the",
         "same float export; all take turns. Perplexity is over windows of the held-out texts.",
         "",
-        "| file | " + " | ".join(columns) + " |",
-        "|---" * (1 + len(columns)) + "|",
+        *_table("file", rows),
     ]
+    return lines
+
+
+def _table(title: str, rows: dict[str, dict[str, float]]) -> list[str]:
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[key]:.2f}" for key in columns) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{row[c]:.2f}" if c in row else "" for c in columns) + " |")
     return [*lines, ""]
 
 
