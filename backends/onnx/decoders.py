@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,26 +116,40 @@ class CachedDecoder:
         signature = Signature(dict(zip(program.inputs, names, strict=True)), ["logits", *present], dimensions)
         return cls(program, flat, signature, tuple(shapes))
 
-    def trials(self, *, one_by_one: bool) -> list[tuple[str, list[Any]]]:
-        """Calls of the kinds that a generator makes, padding included.
+    def trials(
+        self, run: Callable[[list[Any]], Sequence[Tensor]], *, one_by_one: bool
+    ) -> list[tuple[str, list[Any]]]:
+        """Calls of the kinds that a generator makes, padding included; caches hold what the model wrote.
 
         Args:
+            run: The reference: flat inputs to outputs.
             one_by_one: Prompts that continue others come one sequence at a time.
         """
-        ids = self.example[0]
-        found = [("example inputs", self.example)]
-        if one_by_one:
-            found = [("one example input", [value[:1] for value in self.example])]
-        for name, past, tokens, padding in (
-            ("prompt", 0, ids.shape[1], 0),
-            ("decode step", 7, 1, 0),
-            ("padded decode step", 7, 1, 2),
-        ):
-            kwargs = cached_inputs(
-                ids[:, :tokens], self.past_shapes, past=past, padding=padding, dtype=self.example[3].dtype
-            )
-            found.append((name, [*list(kwargs.values())[:3], *kwargs["past_key_values"]]))
-        return found
+        ids, rows = self.example[0], 1 if one_by_one else self.example[0].shape[0]
+        last = ids.shape[1] - 1
+        calls = [
+            ("one example input" if one_by_one else "example inputs", ids[:rows], min(_PAST, last), 0),
+            ("prompt", ids, 0, 0),
+            ("decode step", ids[:, : min(8, last + 1)], min(7, last), 0),
+            ("padded decode step", ids[:, : min(8, last + 1)], min(7, last), min(2, last - 1)),
+        ]
+        return [(name, self._call(run, *call)) for name, *call in calls]
+
+    def _call(
+        self, run: Callable[[list[Any]], Sequence[Tensor]], ids: Tensor, past: int, padding: int
+    ) -> list[Any]:
+        """A call with the tokens from ``past`` on, after a call with those before."""
+        dtype = self.example[3].dtype
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        cache = [ids.new_zeros(ids.shape[0], *shape, dtype=dtype) for shape in self._empty_shapes()]
+        if past:
+            cache = list(run([ids[:, :past], mask[:, :past], positions[:, :past], *cache])[1:])
+        return [ids[:, past:], mask, positions[:, past:], *cache]
+
+    def _empty_shapes(self) -> list[tuple[int, int, int]]:
+        return [(heads, 0, size) for heads, size in self.past_shapes for _ in range(2)]
 
 
 def cached_inputs(
@@ -143,15 +157,13 @@ def cached_inputs(
     shapes: Sequence[tuple[int, int]],
     *,
     past: int = _PAST,
-    padding: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """One call with random keys and values of ``past`` tokens, ``padding`` of the first sequence's masked."""
+    """One call with random keys and values of ``past`` tokens, to capture a model with."""
     generator = torch.Generator().manual_seed(0)
     batch, tokens = ids.shape
     mask = torch.ones(batch, past + tokens, dtype=torch.int64)
-    mask[0, :padding] = 0
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, past:]
+    positions = (mask.cumsum(-1) - 1)[:, past:]
     cache = [
         torch.randn(batch, heads, past, size, generator=generator).to(dtype) * 0.5
         for heads, size in shapes

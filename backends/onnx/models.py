@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxcompress.apply import apply_state
 from fxcompress.backends.onnx.decoders import CachedDecoder, write_generation_files
 from fxcompress.backends.onnx.example_inputs import standard_trials
-from fxcompress.backends.onnx.export import Options, Signature, export_program, uncompiled
+from fxcompress.backends.onnx.export import Options, Signature, export_program, run_applied, uncompiled
 from fxcompress.backends.onnx.report import OnnxReport
 from fxcompress.backends.onnx.saving import check_destination
 from fxcompress.capture import capture_model
@@ -79,13 +80,17 @@ def _export_decoder(model: CompressedModel, path: Path, example: Any, options: O
         raise BackendError("cache=True needs example inputs with input_ids [batch, tokens].")
     if ids.shape[0] == 1:
         ids = torch.cat([ids, ids])
-    decoder = CachedDecoder.capture(module, ids)
+    decoder, state = CachedDecoder.capture(module, ids), state_of(model)
+    reference = apply_state(decoder.program, state)
     return export_program(
         decoder.program,
-        state_of(model),
+        state,
         path,
         decoder.example,
-        trials=decoder.trials(one_by_one=options.attention == "fused" and options.target != "portable"),
+        trials=decoder.trials(
+            lambda flat: run_applied(reference, state, flat),
+            one_by_one=options.attention == "fused" and options.target != "portable",
+        ),
         signature=decoder.signature,
         options=options,
         beside=lambda folder: write_generation_files(module, model.tokenizer, folder, path.name, decoder),

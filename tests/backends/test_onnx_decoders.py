@@ -68,7 +68,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
 def test_names_and_trials(exported: tuple[Any, Path, Any]) -> None:
     _, path, report = exported
     assert [p.inputs for p in report.parity] == [
-        "example inputs",
+        "one example input",
         "prompt",
         "decode step",
         "padded decode step",

@@ -161,6 +161,7 @@ def decoders(model: Any, tokenizer: Any, data: Any, folder: Path, rounds: int) -
         wanted = small.generate(input_ids=prompt, attention_mask=mask, **settings)[0].tolist()
         found = greedy(path.parent, prompt, GREEDY)
         same = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b), len(wanted))
+        sys.stderr.write(f"{label}: {report.parity}\n")
         rows[f"ours {label}"] = {
             "equal greedy tokens of 32": same - prompt.shape[1],
             "largest relative error": max(part.relative for part in report.parity),
