@@ -19,7 +19,19 @@ from torch.export import ExportedProgram
 from fxcompress.backends.onnx.report import Parity
 from fxcompress.errors import BackendError
 
-__all__ = ["EXACT", "ROUNDED", "compare", "first_divergence", "kernels_run", "open_session", "within"]
+__all__ = [
+    "EXACT",
+    "NOISE",
+    "ROUNDED",
+    "Noisy",
+    "compare",
+    "first_divergence",
+    "is_quantizer",
+    "kernels_run",
+    "open_session",
+    "widened",
+    "within",
+]
 
 EXACT = (1e-3, 1e-4)
 """Largest relative error and KL of graphs that round no activation: the noise of float32 sums."""
@@ -29,6 +41,11 @@ ROUNDED = (0.05, 0.005)
 
 A mean KL of 0.005 nats changes the perplexity by about half a percent at most.
 """
+
+NOISE = 1e-6
+"""Relative noise of float32 sums in another order."""
+_TIMES = 3
+"""How many times as far as by its own noise a model may move."""
 
 
 def open_session(
@@ -109,6 +126,13 @@ def within(parity: Parity, limits: tuple[float, float]) -> bool:
     return parity.relative <= relative if parity.kl is None else parity.kl <= kl
 
 
+def widened(limits: tuple[float, float], noise: Parity) -> tuple[float, float]:
+    """Limits for a model whose own outputs move by ``noise`` when what it rounds moves by :data:`NOISE`."""
+    relative, kl = limits
+    own = noise.kl if noise.kl is not None else 0.0
+    return max(relative, _TIMES * noise.relative), max(kl, _TIMES * own)
+
+
 def first_divergence(
     model: ir.Model,
     program: ExportedProgram,
@@ -152,6 +176,35 @@ def first_divergence(
             return f"{name} ({kind}): relative error {error:.2e}"
         worst = max(worst, (f"{name} ({kind})", error), key=lambda pair: pair[1])
     return f"{worst[0]}, with relative error {worst[1]:.2e}, the largest of all"
+
+
+def is_quantizer(node: fx.Node) -> bool:
+    """Whether a node rounds an activation."""
+    return str(node.target).startswith("fxcompress.quantize_")
+
+
+class Noisy(fx.Interpreter):
+    """A graph in which everything that is rounded moves a little before.
+
+    Args:
+        module: The graph.
+        noise: Standard deviation, relative to the root mean square of what is rounded.
+    """
+
+    def __init__(self, module: fx.GraphModule, noise: float) -> None:
+        super().__init__(module)
+        self.noise = noise
+        self.generator = torch.Generator().manual_seed(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Everything but quantizers as it is."""
+        if not is_quantizer(n):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        x = args[0]
+        size = self.noise * x.float().square().mean().sqrt()
+        moved = x + (size * torch.randn(x.shape, generator=self.generator)).to(x.dtype)
+        return n.target(moved, *args[1:], **kwargs)  # type: ignore[operator]
 
 
 class _Recorder(fx.Interpreter):

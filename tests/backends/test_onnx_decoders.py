@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 import fxcompress
+from fxcompress.apply import apply_state
+from fxcompress.backends.onnx.export import run_applied
+from fxcompress.backends.onnx.parity import widened
+from fxcompress.backends.onnx.report import Parity
+from fxcompress.capture import capture_model
 from fxcompress.errors import BackendError
 from tests.backends.onnx_models import compressed
 from tests.zoo import entry
@@ -138,3 +143,40 @@ def test_other_structures_export_and_match(name: str, recipe: str, tmp_path: Pat
     report = small.export_onnx(tmp_path / "m.onnx", example_inputs=animal.inputs())
     assert max(p.relative for p in report.parity) < 0.05
     assert {"MatMulNBits", "MatMulInteger"} & set(report.kernels), report
+
+
+class Deep(torch.nn.Module):
+    """Many rounded layers without a norm between: noise grows as it would in a large model."""
+
+    def __init__(self, layers: int = 60, width: int = 64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(layers))
+        for layer in self.layers:
+            layer.weight.data = 3 * torch.randn(width, width, generator=generator) / width**0.5
+            layer.bias.data.zero_()
+        self.gain = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.gain
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_model_that_amplifies_noise_is_held_to_its_own(tmp_path: Path) -> None:
+    given = {"x": torch.randn(4, 6, 64, generator=torch.Generator().manual_seed(1))}
+    small = compressed(Deep().eval(), "w8a8", given)
+    report = small.export_onnx(tmp_path / "m.onnx", example_inputs=given)
+    assert max(part.relative for part in report.parity) < 1.5
+    module = Deep().eval()
+    program = capture_model(module, (), given)
+    forms = small._store.state
+    applied, flat = apply_state(program, forms), [given["x"] * 1.7]
+    same, moved = (run_applied(applied, forms, flat, noise=noise)[0] for noise in (0.0, 1e-5))
+    assert torch.equal(same, run_applied(applied, forms, flat)[0])
+    assert float((same - moved).norm() / same.norm()) > 0.05
+    narrow = (1e-3, 1e-4)
+    noise = Parity("noise", 0.1, 0.02, 3e-4, 1.0)
+    assert widened(narrow, noise) == pytest.approx((0.06, 9e-4))
+    assert widened(narrow, Parity("noise", 0.0, 0.0, None, None)) == narrow
