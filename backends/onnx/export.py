@@ -152,7 +152,7 @@ def export_program(
         bytes=sum(file.stat().st_size for file in files),
         opset=options.opset,
         target=options.target,
-        accuracy_level=report.level,
+        accuracy_levels=report.levels,
         parity=tuple(report.parity),
         kernels=report.kernels,
         representation=lowered.representation,
@@ -170,9 +170,28 @@ def _complete(
     return Signature(inputs, outputs, given.dimensions)
 
 
+def width_of(node: ir.Node) -> int:
+    """Bits of the codes of a ``MatMulNBits``."""
+    return int(node.attributes["bits"].value)  # type: ignore[arg-type]
+
+
+def _accuracy_levels(widths: set[int]) -> list[dict[int, int]]:
+    """Levels by width of the codes, fastest first.
+
+    In float, ONNX Runtime has no kernel for a few rows of 8-bit codes: it decodes the whole weight in every
+    call, tens of times slower. Of a model with narrower codes, too, these stay at int8 the longest.
+    """
+    found = [dict.fromkeys(widths, INT8_ACCURACY)]
+    if 8 in widths and len(widths) > 1:
+        found.append({width: INT8_ACCURACY if width == 8 else FLOAT_ACCURACY for width in widths})
+    if widths:
+        found.append(dict.fromkeys(widths, FLOAT_ACCURACY))
+    return found
+
+
 @dataclass
 class _Found:
-    level: int | None
+    levels: dict[int, int]
     parity: list[Parity]
     kernels: dict[str, int]
 
@@ -198,11 +217,11 @@ class _Checker:
         # Of a portable file the runtime makes MatMulNBits itself, with activations in int8 blocks.
         rounds = self.options.target == "portable" or self.quantizes
         products = [node for node in self.translated.model.graph if node.op_type == "MatMulNBits"]
-        levels: tuple[int | None, ...] = (INT8_ACCURACY, FLOAT_ACCURACY) if products else (None,)
-        for level in levels:
+        for levels in _accuracy_levels({width_of(node) for node in products}):
             for node in products:
-                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level or 0)
-            limits = check.ROUNDED if rounds or level == INT8_ACCURACY else check.EXACT
+                level = levels[width_of(node)]
+                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+            limits = check.ROUNDED if rounds or INT8_ACCURACY in levels.values() else check.EXACT
             self._write(path)
             session = check.open_session(path)
             results = [
@@ -217,7 +236,7 @@ class _Checker:
                 ]
             bad = next((i for i, found in enumerate(results) if not check.within(found, allowed[i])), None)
             if bad is None:
-                return _Found(level, results, check.kernels_run(path, self._feeds(trials[0][1])))
+                return _Found(levels, results, check.kernels_run(path, self._feeds(trials[0][1])))
         assert bad is not None
         raise self._diverged(results[bad], trials[bad][1], allowed[bad])
 

@@ -39,7 +39,8 @@ class OnnxReport:
         bytes: Size of the model and its external data.
         opset: Version of the ONNX standard.
         target: ``"onnxruntime"`` or ``"portable"``.
-        accuracy_level: Of ``MatMulNBits``: 4 (activations in int8 blocks) or 1 (in float); None without it.
+        accuracy_levels: Of ``MatMulNBits``, by width of the codes: 4 (activations in int8 blocks) or 1 (in
+            float).
         parity: One entry per set of inputs.
         kernels: Operator → how many nodes of it ONNX Runtime ran, after its own optimization.
         representation: Compressed parameter → the ONNX operators that compute with it; a factor of one is
@@ -51,20 +52,26 @@ class OnnxReport:
     bytes: int
     opset: int
     target: str
-    accuracy_level: int | None
+    accuracy_levels: Mapping[int, int]
     parity: tuple[Parity, ...]
     kernels: Mapping[str, int]
     representation: Mapping[str, str]
     files: tuple[Path, ...] = field(default=())
 
+    @property
+    def accuracy_level(self) -> int | None:
+        """The lowest of the levels; None without ``MatMulNBits``."""
+        return min(self.accuracy_levels.values(), default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        found = dataclasses.asdict(self)
+        found = {**dataclasses.asdict(self), "accuracy_level": self.accuracy_level}
         return {**found, "path": str(self.path), "files": [str(file) for file in self.files]}
 
     def __str__(self) -> str:
         """A few lines for people."""
-        level = "" if self.accuracy_level is None else f", MatMulNBits accuracy level {self.accuracy_level}"
+        levels = [f"{level} for {bits}-bit codes" for bits, level in sorted(self.accuracy_levels.items())]
+        level = f", MatMulNBits accuracy level {', '.join(levels)}" if levels else ""
         lines = [f"{self.path}: {self.bytes / 1e6:,.1f} MB, opset {self.opset}, {self.target}{level}"]
         for parity in self.parity:
             kl = "" if parity.kl is None else f", KL {parity.kl:.2e} nats, top-1 {parity.top1:.1%}"

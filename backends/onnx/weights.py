@@ -118,12 +118,15 @@ def block_size(packed: Packed) -> int | None:
     """Columns per block that the weight's groups can be cut into, or None.
 
     A group that is no power of two is cut into the largest power of two that divides it; a whole row into the
-    size that costs least in padding and repeated scales.
+    size that costs least in padding and repeated scales, of 8-bit codes into the smallest, since activations
+    are rounded block by block where the level allows it.
     """
     if packed.layout.batch_dims or packed.layout.matrix_shape[0] != 1:
         return None
     if packed.per_row:
         width = container(packed.bits)
+        if width == 8:
+            return _BLOCK_SIZES[1]
 
         def cost(block: int) -> int:
             blocks = -(-packed.columns // block)

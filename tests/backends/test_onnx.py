@@ -180,8 +180,9 @@ def test_large_weights_go_to_a_file_of_their_own(
 ) -> None:
     import fxcompress.backends.onnx.export as export
 
-    monkeypatch.setattr(export.Options, "external_threshold", 1000)
-    monkeypatch.setattr(export.Options.__init__, "__defaults__", (21, "onnxruntime", "auto", 1000, False))
+    make = export.Options.__init__
+    low = tuple(1000 if value == EXTERNAL_THRESHOLD else value for value in make.__defaults__ or ())
+    monkeypatch.setattr(make, "__defaults__", low)
     report = small.export_onnx(tmp_path / "m.onnx", example_inputs=ROWS)
     assert {file.name for file in report.files} == {"m.onnx", "m.onnx.data"}
     assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
