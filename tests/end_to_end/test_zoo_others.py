@@ -9,7 +9,6 @@ import pytest
 from tests.end_to_end.zoo_checks import RECIPES, check
 from tests.zoo import OTHERS, ZooEntry, generate_tokens
 
-
 # Capturing one takes over a minute (torch's symbolic shapes): one recipe for it, the one with more forms.
 COSTLY = {"swin"}
 CASES = [
