@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fxcompress.backends.cpu.codebook_form import ROWS, CodebookForm
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel
-from fxcompress.backends.cpu.epilogues import PLAIN, Epilogue
+from fxcompress.backends.cpu.epilogues import Epilogue
 from fxcompress.backends.cpu.generated import product_with
 from fxcompress.backends.cpu.generator import DTYPES
 from fxcompress.backends.cpu.isa import Isa
-from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.kernel_types import EpilogueKernel, Kernel, LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.layouts import Layout
 from fxcompress.backends.cpu.native import ensure_kernel
 from fxcompress.formats.packing import unpack_codes
@@ -96,7 +96,7 @@ def codebook_layout(isa: Isa) -> CodebookLayout:
     return CodebookLayout(isa)
 
 
-class CodebookLinear(Kernel):
+class CodebookLinear(EpilogueKernel):
     """Values selected in registers, few rows at memory speed; many rows from float panels in cache.
 
     Args:
@@ -123,25 +123,8 @@ class CodebookLinear(Kernel):
         """See :meth:`Kernel.describe`."""
         return f"{self.name} {codebook_form(spec).title.removeprefix('codebook-linear-')}"
 
-    def product(
-        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
-    ) -> Tensor:
-        """See :meth:`Kernel.product`."""
-        return self.run(x, quantized, packed, spec)
-
-    def run(
-        self,
-        x: Tensor,
-        quantized: QuantizedInput | None,
-        packed: dict[str, Tensor],
-        spec: LinearSpec,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """See :meth:`Kernel.run`. A table has no integer product: what codes stand for is multiplied."""
-        return self.run_with(PLAIN, x, quantized, packed, spec, bias, None)
-
     def layout_with(self, epilogue: Epilogue) -> Layout | None:
-        """See :meth:`Kernel.layout_with`."""
+        """See :meth:`EpilogueKernel.layout_with`."""
         return None if epilogue.gated else self.layout
 
     def run_with(
@@ -154,7 +137,7 @@ class CodebookLinear(Kernel):
         bias: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        """See :meth:`Kernel.run_with`."""
+        """See :meth:`EpilogueKernel.run_with`. Codes of a table are multiplied as what they stand for."""
         group = table_group(spec.group_size, spec.columns)
         operands = (
             *(packed["weight"], packed["scale"], None, packed["total"]),

@@ -7,16 +7,16 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fxcompress.backends.cpu.epilogues import PLAIN, Epilogue
+from fxcompress.backends.cpu.epilogues import Epilogue
 from fxcompress.backends.cpu.generator import DTYPES, KernelForm
 from fxcompress.backends.cpu.isa import Isa
-from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.kernel_types import EpilogueKernel, Kernel, LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.layouts import Layout
 from fxcompress.backends.cpu.native import ensure_kernel
 from fxcompress.backends.cpu.tiled import TiledLayout, gated_layout, kernel_group, tiled_layout
 
 
-class GeneratedLinear(Kernel):
+class GeneratedLinear(EpilogueKernel):
     """A product straight from the tiles: few rows at memory speed, many rows from panels in cache.
 
     Quantizes activations itself, once per row, so that codes never pass through memory.
@@ -44,25 +44,8 @@ class GeneratedLinear(Kernel):
         """See :meth:`Kernel.describe`."""
         return f"{self.name} {self.form(spec).title.removeprefix('linear-')}"
 
-    def product(
-        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
-    ) -> Tensor:
-        """See :meth:`Kernel.product`."""
-        return self.run(x, quantized, packed, spec)
-
-    def run(
-        self,
-        x: Tensor,
-        quantized: QuantizedInput | None,
-        packed: dict[str, Tensor],
-        spec: LinearSpec,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """See :meth:`Kernel.run`."""
-        return self.run_with(PLAIN, x, quantized, packed, spec, bias, None)
-
     def layout_with(self, epilogue: Epilogue) -> Layout | None:
-        """See :meth:`Kernel.layout_with`."""
+        """See :meth:`EpilogueKernel.layout_with`."""
         return gated_layout(self.isa, epilogue.gate_last) if epilogue.gated else self.layout
 
     def run_with(
@@ -75,7 +58,7 @@ class GeneratedLinear(Kernel):
         bias: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        """See :meth:`Kernel.run_with`."""
+        """See :meth:`EpilogueKernel.run_with`."""
         static = quantized is not None and spec.activation == "static"
         group = kernel_group(spec.group_size, spec.columns)
         number = self.form(spec).call_number(self.isa, group, epilogue.code)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxcompress.backends.cpu.epilogues import Epilogue
+from fxcompress.backends.cpu.epilogues import PLAIN, Epilogue
 from fxcompress.backends.cpu.generator import MANY_ROWS
 from fxcompress.backends.cpu.layouts import Layout
 
@@ -111,10 +111,40 @@ class Kernel(abc.ABC):
         y = self.product(x, quantized, packed, spec)
         return y if bias is None else y + bias
 
+    def describe(self, spec: LinearSpec) -> str:
+        """What ``explain()`` says of a site."""
+        return self.name
+
+
+class BiasKernel(Kernel):
+    """A kernel that adds the bias itself."""
+
+    def product(
+        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
+    ) -> Tensor:
+        """See :meth:`Kernel.product`."""
+        return self.run(x, quantized, packed, spec)
+
+    @abc.abstractmethod
+    def run(
+        self,
+        x: Tensor,
+        quantized: QuantizedInput | None,
+        packed: dict[str, Tensor],
+        spec: LinearSpec,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`Kernel.run`."""
+
+
+class EpilogueKernel(BiasKernel):
+    """A kernel that also does what follows the product."""
+
+    @abc.abstractmethod
     def layout_with(self, epilogue: Epilogue) -> Layout | None:
         """The layout that the kernel reads with an epilogue, or None where it takes none such."""
-        return None
 
+    @abc.abstractmethod
     def run_with(
         self,
         epilogue: Epilogue,
@@ -126,8 +156,14 @@ class Kernel(abc.ABC):
         residual: Tensor | None,
     ) -> Tensor:
         """:meth:`run` and what follows it; ``packed`` and ``bias`` lie as :meth:`layout_with` says."""
-        raise NotImplementedError(f"{self.name} takes no epilogue")
 
-    def describe(self, spec: LinearSpec) -> str:
-        """What ``explain()`` says of a site."""
-        return self.name
+    def run(
+        self,
+        x: Tensor,
+        quantized: QuantizedInput | None,
+        packed: dict[str, Tensor],
+        spec: LinearSpec,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`Kernel.run`."""
+        return self.run_with(PLAIN, x, quantized, packed, spec, bias, None)

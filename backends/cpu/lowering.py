@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxcompress.backends.cpu import attention, cached_attention, sparse
 from fxcompress.backends.cpu.epilogues import PLAIN, FusedProduct, apply_gate
 from fxcompress.backends.cpu.experts import run_experts
-from fxcompress.backends.cpu.kernel_types import QuantizedInput
+from fxcompress.backends.cpu.kernel_types import EpilogueKernel, QuantizedInput
 from fxcompress.backends.cpu.layouts import Layout
 from fxcompress.backends.cpu.planning import (
     DEQUANTIZE,
@@ -98,6 +98,7 @@ class LoweringInterpreter(fx.Interpreter):
     def _fused(self, product: FusedProduct) -> Tensor:
         first, epilogue, residual = product
         kernel, spec, group = self.plan.kernels[first], self.plan.specs[first], self.plan.groups[first]
+        assert isinstance(kernel, EpilogueKernel)
         layout = self.plan.layouts[first]
         packed = self._packed(layout, tuple(self.plan.codes[member] for member in group))
         x_node = cast("fx.Node", first.args[0])

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.backends.cpu.embeddings import EmbeddingKernel
-from fxcompress.backends.cpu.epilogues import PLAIN, FusedProduct, find_epilogues
+from fxcompress.backends.cpu.epilogues import FusedProduct, find_epilogues
 from fxcompress.backends.cpu.experts import ExpertsPlan, plan_experts, weight_of_experts
-from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, SinglePlan
+from fxcompress.backends.cpu.kernel_types import EpilogueKernel, Kernel, LinearSpec, SinglePlan
 from fxcompress.backends.cpu.layouts import Layout
 from fxcompress.backends.cpu.selection import choose_embedding, choose_kernel, this_machine
 
@@ -134,11 +134,11 @@ def make_plan(
 def _plan_epilogues(plan: Plan, outputs: Sequence[fx.Node]) -> None:
     """Let kernels that can do what follows a product themselves."""
     plan.layouts = {first: kernel.layout for first, kernel in plan.kernels.items()}
-    able = [first for first, kernel in plan.kernels.items() if kernel.layout_with(PLAIN) is not None]
+    able = {first: kernel for first, kernel in plan.kernels.items() if isinstance(kernel, EpilogueKernel)}
     groups = {first: plan.groups[first] for first in able}
     found = find_epilogues(groups, set(outputs), this_machine().isa.lanes)
     for last, product in found.products.items():
-        layout = plan.kernels[product.first].layout_with(product.epilogue)
+        layout = able[product.first].layout_with(product.epilogue)
         if layout is None:
             continue
         plan.fused[last], plan.layouts[product.first] = product, layout

@@ -172,7 +172,7 @@ def _complete(
 
 def width_of(node: ir.Node) -> int:
     """Bits of the codes of a ``MatMulNBits``."""
-    return int(node.attributes["bits"].value)  # type: ignore[arg-type]
+    return int(node.attributes["bits"].value)
 
 
 def _accuracy_levels(widths: set[int]) -> list[dict[int, int]]:

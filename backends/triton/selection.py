@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcompress.backends.cpu.kernel_types import Kernel, LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.kernel_types import BiasKernel, Kernel, LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.layouts import Layout
 from fxcompress.backends.triton import configs
 from fxcompress.backends.triton.bytes_form import BytesForm
@@ -19,6 +19,7 @@ from fxcompress.backends.triton.linear_form import DTYPES, LinearForm
 from fxcompress.backends.triton.packing import BytesLayout, WordsLayout
 from fxcompress.backends.triton.texts import text_of
 from fxcompress.backends.triton.tuning import choose
+from fxcompress.errors import BackendError
 
 __all__ = ["Extra", "GeneratedBytes", "GeneratedWords", "choose_kernel"]
 
@@ -38,7 +39,7 @@ def bytes_layout() -> BytesLayout:
     return BytesLayout()
 
 
-class GeneratedWords(Kernel):
+class GeneratedWords(BiasKernel):
     """A product with packed codes; float activations, or int8 ones with codes of fewer than 8 bits.
 
     Args:
@@ -58,12 +59,6 @@ class GeneratedWords(Kernel):
     def describe(self, spec: LinearSpec) -> str:
         """The form and how it is divided."""
         return _described(self.form, spec, self.device)
-
-    def product(
-        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
-    ) -> Tensor:
-        """See :meth:`Kernel.product`."""
-        return self.run(x, quantized, packed, spec)
 
     def run(
         self,
@@ -106,7 +101,7 @@ class Extra:
         return {"rank": next(size for size in RANKS if rank <= size)}
 
 
-class GeneratedBytes(Kernel):
+class GeneratedBytes(BiasKernel):
     """int8 activations × 8-bit codes.
 
     Args:
@@ -126,12 +121,6 @@ class GeneratedBytes(Kernel):
     def describe(self, spec: LinearSpec) -> str:
         """The form and how it is divided."""
         return _described(self.form, spec, self.device)
-
-    def product(
-        self, x: Tensor, quantized: QuantizedInput | None, packed: dict[str, Tensor], spec: LinearSpec
-    ) -> Tensor:
-        """See :meth:`Kernel.product`."""
-        return self.run(x, quantized, packed, spec)
 
     def run(
         self,
@@ -185,7 +174,7 @@ def choose_kernel(spec: LinearSpec, device: Device) -> tuple[Kernel | None, str]
         return None, f"activations are {dtype}, kernels take float16 and bfloat16"
     try:
         configs.check_shape(configs.Shape(1, spec.rows, spec.columns), _float_form(spec, dtype))
-    except Exception as error:
+    except BackendError as error:
         return None, str(error)
     return _chosen(spec, dtype, device)
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.backends.cpu.epilogues import PLAIN, Epilogue
-from fxcompress.backends.cpu.kernel_types import LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.kernel_types import EpilogueKernel, LinearSpec, QuantizedInput
 from fxcompress.backends.cpu.selection import choose_kernel
 from fxcompress.formats.integer import IntFormat, quantize_to_term
 from fxcompress.forms import WeightLayout
@@ -55,8 +55,8 @@ def product(weight: Tensor, activation: str | None, tokens: int) -> Product:
     term = quantize_to_term(weight, WeightLayout.rows(weight.shape), IntFormat(4, False, 64))
     spec = LinearSpec(4, False, 64, rows, columns, activation, tokens, torch.float32)
     kernel, text = choose_kernel(spec)
-    if kernel is None:
-        raise SystemExit(text)
+    if not isinstance(kernel, EpilogueKernel):
+        raise SystemExit(f"{text} takes no epilogue")
     packed: dict[str, dict[str, Tensor]] = {}
 
     def run(x: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
