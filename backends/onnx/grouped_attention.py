@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx
 
+from fxcompress.backends.onnx.call_values import value_in
 from fxcompress.backends.onnx.operators import ops
 
 __all__ = ["fuse_attention"]
@@ -114,40 +115,13 @@ def _repeats_heads(node: fx.Node) -> bool:
 
 def _hides_later(graph: fx.Graph, mask: fx.Node, call: Mapping[str, Any]) -> bool:
     """Whether the mask lets no query see a later key in this call; the last queries are the newest tokens."""
-    value = _value(graph, mask, call)
+    value = value_in(graph, mask, call)
     if value is None:
         return False
     hidden = ~value if value.dtype is torch.bool else value <= torch.finfo(value.dtype).min / 2
     queries, keys = value.shape[-2:]
     later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
     return bool(hidden.expand(*value.shape).logical_or(~later).all())
-
-
-def _value(graph: fx.Graph, wanted: fx.Node, call: Mapping[str, Any]) -> Tensor | None:
-    """A node's value from the inputs alone; None when it depends on anything else."""
-    needed, stack = {wanted}, [wanted]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in needed:
-                needed.add(source)
-                stack.append(source)
-    values: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node not in needed:
-            continue
-        if node.op == "placeholder":
-            if node.name not in call:
-                return None
-            values[node] = call[node.name]
-        elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
-        else:
-            return None
-        if node is wanted:
-            break
-    found = values[wanted]
-    return found if isinstance(found, Tensor) else None
 
 
 def _replace(

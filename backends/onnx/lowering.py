@@ -23,6 +23,7 @@ from fxcompress.backends.onnx.graph_constants import Constants
 from fxcompress.backends.onnx.grouped_attention import fuse_attention
 from fxcompress.backends.onnx.products import Products
 from fxcompress.backends.onnx.rewriting import Lowered
+from fxcompress.backends.onnx.rotary import fuse_rotary
 from fxcompress.capture.values import infer_values
 from fxcompress.edits import CompressionState
 from fxcompress.form_inputs import form_tensor
@@ -43,7 +44,8 @@ def lower(
         applied: From :func:`fxcompress.apply.apply_state`; its module is changed.
         state: The forms it was made with.
         portable: Only operators of the ONNX standard; else ONNX Runtime's where they are better.
-        calls: Inputs by placeholder, for calls of several sizes; without them attention stays as it is.
+        calls: Inputs by placeholder, for calls of several sizes; without them attention and rotary
+            embeddings stay as they are.
 
     Raises:
         BackendError: a weight in a dtype that the runtime's kernels lack.
@@ -69,6 +71,9 @@ def lower(
     infer_values(graph)
     activations.lower_static(graph, constants)
     if calls and not portable:
+        known = constants.tensors()
+        calls = [{**known, **call} for call in calls]
+        fuse_rotary(graph, calls)
         fuse_attention(graph, calls)
     graph.eliminate_dead_code()
     constants.drop_unread()

@@ -191,3 +191,29 @@ def _grouped_attention(
         q, keys, values, attn_mask=limits, scale=scale, enable_gqa=True
     )
     return y.contiguous(), keys, values
+
+
+def _row_numbers_shape(angles: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty([x.shape[0], x.shape[2]], dtype=torch.int64)
+
+
+@_operator("row_numbers(Tensor angles, Tensor x) -> Tensor", _row_numbers_shape)
+def _row_numbers(angles: Tensor, x: Tensor) -> Tensor:
+    """Row of ``angles [B or 1, 1, S, D]``, flattened, of each token of ``x [B, H, S, D]``: ``[B, S]``."""
+    batch, tokens = angles.shape[0], angles.shape[2]
+    numbers = torch.arange(batch * tokens, device=x.device).reshape(batch, tokens)
+    return numbers.expand(x.shape[0], tokens).contiguous()
+
+
+def _rotary_embedding_shape(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_operator(
+    "rotary_embedding(Tensor x, Tensor rows, Tensor cos, Tensor sin) -> Tensor", _rotary_embedding_shape
+)
+def _rotary_embedding(x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``com.microsoft.RotaryEmbedding``: halves of ``x [B, H, S, D]`` turned by ``cos``, ``sin [R, D/2]``."""
+    first, second = x.chunk(2, -1)
+    c, s = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)  # [B, 1, S, D/2]
+    return torch.cat([first * c - second * s, second * c + first * s], -1)

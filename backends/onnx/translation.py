@@ -116,6 +116,26 @@ def _grouped_attention(
     return onnx.Transpose(apart, perm=[0, 2, 1, 3]), grown_k, grown_v
 
 
+_ROTARY_EMBEDDING = _runtime_operator(
+    "RotaryEmbedding",
+    "input:T position_ids:I cos_cache:T sin_cache:T",
+    "output:T",
+    interleaved="INT",
+)
+
+
+def _row_numbers(angles: FLOAT, x: FLOAT) -> INT64:
+    sizes = onnx.Concat(onnx.Shape(angles, start=0, end=1), onnx.Shape(angles, start=2, end=3), axis=0)
+    zero, one = (onnx.Constant(value_int=number) for number in (0, 1))
+    numbers = onnx.Range(zero, onnx.ReduceProd(sizes, keepdims=0), one)
+    batch = onnx.Concat(onnx.Shape(x, start=0, end=1), onnx.Shape(x, start=2, end=3), axis=0)
+    return onnx.Expand(onnx.Reshape(numbers, sizes), batch)  # type: ignore[no-any-return]
+
+
+def _rotary_embedding(x: FLOAT, rows: INT64, cos: FLOAT, sin: FLOAT) -> FLOAT:
+    return _ROTARY_EMBEDDING(x, rows, cos, sin, interleaved=0)  # type: ignore[no-any-return]
+
+
 def _sizes(value: Any) -> Any:
     """The sizes of a value of a graph under construction, whose eager type has none."""
     return value.shape
@@ -171,6 +191,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         ops.matmul_nbits.default: _matmul_nbits,
         ops.grouped_attention.default: _grouped_attention,
+        ops.row_numbers.default: _row_numbers,
+        ops.rotary_embedding.default: _rotary_embedding,
         ops.gather_nbits.default: _gather_nbits,
         ops.matmul_integer.default: _matmul_integer,
         ops.quantize_linear.default: _quantize_linear,

@@ -113,7 +113,8 @@ class TritonInterpreter(LoweringInterpreter):
         if gate is not None:
             kind, x, others = "gate", self._value(gate[0]), [self._value(gate[1])]
         elif norm is not None:
-            kind, x, others, eps = "rms-norm", self._value(norm[0]), [self._value(norm[1])], norm[2]
+            kind, x, eps = norm.kind, self._value(norm.x), norm.eps
+            others = [self._value(tensor) for tensor in norm.tensors]
         form = text_of(QuantizeForm(kind, codes, bits, dtype))
         q, scale = torch.ops.fxcompress_triton.quantize(x, others, eps, form)
         return q, scale

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from fxcompress.backends.cpu.planning import weight_of_linear
 
-__all__ = ["Joined", "gate_of", "join_terms", "norm_of", "separate_outliers"]
+__all__ = ["Joined", "Norm", "gate_of", "join_terms", "norm_of", "separate_outliers"]
 
 aten = torch.ops.aten
 ops = torch.ops.fxcompress
@@ -134,8 +134,22 @@ def gate_of(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-def norm_of(x: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """``(input, weight, eps)`` where ``x = weight · (input · rsqrt(mean(input²) + eps))``."""
+class Norm(NamedTuple):
+    """A normalisation over the last dimension; ``kind`` is ``"rms-norm"`` or ``"layer-norm"``."""
+
+    kind: str
+    x: fx.Node
+    tensors: tuple[fx.Node, ...]  # weight, and the bias of a layer norm: [K]
+    eps: float
+
+
+def norm_of(x: fx.Node) -> Norm | None:
+    """The normalisation that a node is the result of; both with a weight, in the dtype of their input.
+
+    ``weight · (input · rsqrt(mean(input²) + eps))``, and ``layer_norm`` with weight and bias.
+    """
+    if x.target is aten.layer_norm.default:
+        return _layer_norm(x)
     if x.target is not aten.mul.Tensor:
         return None
     for weight, normal in (x.args[:2], x.args[1::-1]):
@@ -144,8 +158,18 @@ def norm_of(x: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
         if _dims(weight) == 1 and normal.target is aten.to.dtype and isinstance(normal.args[0], fx.Node):
             found = _root_mean_square(normal.args[0])
             if found is not None and _same_type(found[0], x):
-                return found[0], weight, found[1]
+                return Norm("rms-norm", found[0], (weight,), found[1])
     return None
+
+
+def _layer_norm(node: fx.Node) -> Norm | None:
+    x, shape, weight, bias, eps, *_ = (*node.args, *(None, None, 1e-5, True)[len(node.args) - 2 :])
+    operands = all(isinstance(operand, fx.Node) for operand in (x, weight, bias))
+    if not operands or len(shape) != 1 or not isinstance(eps, float):  # type: ignore[arg-type]
+        return None
+    if not _same_type(x, node):  # type: ignore[arg-type]
+        return None
+    return Norm("layer-norm", x, (weight, bias), eps)  # type: ignore[arg-type]
 
 
 def _root_mean_square(product: fx.Node) -> tuple[fx.Node, float] | None:

@@ -1,4 +1,4 @@
-"""The command line: ``fxcompress compress | eval | bench | generate | export | inspect | list``.
+"""The command line: ``fxcompress compress | distill | eval | bench | generate | export | inspect | list``.
 
 Results go to standard output, as tables or, with ``--json``, as one JSON document; progress and errors go to
 standard error. Exit codes: 0 success, 1 failure (the message says why), 2 wrong usage, 130 interrupted.
@@ -11,6 +11,7 @@ import typer
 from fxcompress.cli.bench import bench
 from fxcompress.cli.catalogue import list_all
 from fxcompress.cli.compress import compress
+from fxcompress.cli.distill import distill
 from fxcompress.cli.evaluate import evaluate
 from fxcompress.cli.export import export
 from fxcompress.cli.generate import generate
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress)
+app.command("distill")(distill)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("generate")(generate)

@@ -12,13 +12,14 @@ from fxcompress.errors import BackendError, RecipeError
 
 @command
 def list_all(json_output: JsonOption = False, debug: DebugOption = False) -> None:
-    """List recipes, passes and backends."""
+    """List recipes, passes, backends and objectives of training."""
     import fxcompress
 
     data: dict[str, dict[str, str]] = {
         "recipes": fxcompress.recipes(),
         "passes": _passes(),
         "backends": _backends(),
+        "objectives": _objectives(),
     }
     emit(data, json_output, *(_table(kind, entries) for kind, entries in data.items()))
 
@@ -33,6 +34,12 @@ def _passes() -> dict[str, str]:
         except RecipeError as error:
             found[name] = f"cannot be loaded: {error}"
     return found
+
+
+def _objectives() -> dict[str, str]:
+    from fxcompress.training.catalogue import OBJECTIVES
+
+    return {name: _summary(cls) for name, cls in OBJECTIVES.items()}
 
 
 def _backends() -> dict[str, str]:

@@ -32,6 +32,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
 def test_every_layer_is_fused(exported: tuple[Any, Path, Any]) -> None:
     small, _, report = exported
     assert report.kernels["GroupQueryAttention"] == small.config.num_hidden_layers
+    assert report.kernels["RotaryEmbedding"] == 2 * small.config.num_hidden_layers
     assert [p.inputs for p in report.parity][:2] == ["one example input", "prompt"]
 
 
@@ -81,6 +82,7 @@ def test_plain_attention_continues_batches(tmp_path: Path) -> None:
     small = compressed(entry("llama").build(), "w8a16", inputs)
     report = small.export_onnx(tmp_path / "m.onnx", cache=True, example_inputs=inputs, attention="plain")
     assert "GroupQueryAttention" not in report.kernels
+    assert "RotaryEmbedding" not in report.kernels
     assert report.parity[0].inputs == "example inputs"
     runner = Runner(tmp_path / "m.onnx")
     ids = torch.arange(12).reshape(2, 6) + 1

@@ -296,6 +296,7 @@ def test_a_model_runs_on_the_kernels_in_the_interpreter(tmp_path: Path) -> None:
     quantized = found["w8a8"]["kernels"]
     assert "quantize-gate-int88-float16" in quantized
     assert "quantize-rms-norm-int88-float16" in quantized
+    assert "quantize-layer-norm-int88-float16" in quantized
     assert all(
         "triton" in text for row in found.values() for text in row["choices"].values() if "factor" not in text
     )

@@ -40,18 +40,22 @@ WITH_FACTORS = {
 
 
 class Block(nn.Module):
-    """A norm, and a gated layer behind it."""
+    """A norm (root-mean-square, or of torch's layers), and a gated layer behind it."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, norm: nn.Module | None = None) -> None:
         super().__init__()
+        self.norm = norm
         self.weight = nn.Parameter(torch.randn(width))
         self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.float32)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-        h = self.weight * wide.to(x.dtype)
+        if self.norm is None:
+            wide = x.to(torch.float32)
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+            h = self.weight * wide.to(x.dtype)
+        else:
+            h = self.norm(x)
         out: Tensor = x + self.down(F.silu(self.gate(h)) * self.up(h))
         return out
 
@@ -104,7 +108,7 @@ def main() -> None:
 
     launch.launch = noted
     torch.manual_seed(0)
-    model = nn.Sequential(*[Block(64, 128) for _ in range(1)]).half().eval()
+    model = nn.Sequential(Block(64, 128), Block(64, 128, nn.LayerNorm(64))).half().eval()
     x = torch.randn(2, 3, 64).half()
     rows: dict[str, Any] = {}
     for recipe, kernel in RECIPES.items():

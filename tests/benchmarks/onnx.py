@@ -28,7 +28,10 @@ import torch
 from torch import Tensor
 
 import fxcompress
-from fxcompress.backends.onnx.export import Signature, export_program
+from fxcompress.apply import apply_state
+from fxcompress.backends.onnx.decoders import CachedDecoder, write_generation_files
+from fxcompress.backends.onnx.export import Signature, export_program, run_applied
+from fxcompress.backends.onnx.report import OnnxReport
 from fxcompress.capture import capture_model
 from fxcompress.edits import CompressionState
 from tests.benchmarks import peers_onnx
@@ -58,6 +61,21 @@ def float_model(model: Any, ids: Tensor, path: Path) -> None:
     program = capture_model(model, (), kwargs)
     state = CompressionState(dict(model.named_parameters()))
     export_program(program, state, path, [ids, mask, False], signature=Signature(outputs=["logits"]))
+
+
+def float_decoder(model: Any, tokenizer: Any, ids: Tensor, path: Path) -> OnnxReport:
+    """The model without compression, with its cache."""
+    decoder, state = CachedDecoder.capture(model, ids), CompressionState(dict(model.named_parameters()))
+    reference = apply_state(decoder.program, state)
+    return export_program(
+        decoder.program,
+        state,
+        path,
+        decoder.example,
+        trials=decoder.trials(lambda flat: run_applied(reference, state, flat), one_by_one=True),
+        signature=decoder.signature,
+        beside=lambda folder: write_generation_files(model, tokenizer, folder, path.name, decoder),
+    )
 
 
 def runtime_quantizers(source: Path, folder: Path, calibration: Tensor) -> dict[str, Path]:
@@ -124,8 +142,21 @@ def measure(runners: dict[str, Any], ids: Tensor, rounds: int) -> dict[str, floa
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-DECODERS = {"w4a16-gptq": "w4a16-gptq", "w8a8": "w8a8", "prune20-flap-w4a16-gptq": "prune20-flap-w4a16-gptq"}
+SMOOTH = {"smooth-activations": {"alpha": "search"}}
+INT8 = {"quantize-weights": {"bits": 8, "group_size": 0}}
+DECODERS: dict[str, Any] = {
+    "float32": None,
+    "w4a16-gptq": "w4a16-gptq",
+    "w8a8-smooth": "w8a8-smooth",
+    "w8a8-smooth, static": [SMOOTH, INT8, {"quantize-activations": {"mode": "static"}}],
+    "prune20-flap-w4a16-gptq": "prune20-flap-w4a16-gptq",
+    "svd-llm -20 %, 8 bits": [
+        {"svd-llm": {"keep": 0.8}},
+        {"quantize-weights": {"bits": 8, "group_size": 32, "only_remaining": True}},
+    ],
+}
 STEPS, PROMPT, GREEDY = 63, 128, 32
+BUILDER = "onnxruntime-genai builder, int4"
 
 
 def greedy(folder: Path, ids: Tensor, count: int) -> list[int]:
@@ -143,29 +174,75 @@ def greedy(folder: Path, ids: Tensor, count: int) -> list[int]:
     return [int(token) for token in generator.get_sequence(0)]
 
 
+def greedy_plain(folder: Path, ids: Tensor, count: int) -> list[int]:
+    """Tokens that a loop around plain onnxruntime chooses."""
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    shapes = {item.name: item.shape for item in session.get_inputs()}
+    outputs = [item.name for item in session.get_outputs()]
+    feeds = {
+        name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
+        for name, shape in shapes.items()
+        if name.startswith("past_key_values")
+    }
+    found, given = ids[0].tolist(), ids.numpy()
+    for _ in range(count):
+        total = len(found)
+        feeds["input_ids"], feeds["attention_mask"] = given, np.ones((1, total), np.int64)
+        feeds["position_ids"] = np.arange(total - given.shape[1], total)[None]
+        results = dict(zip(outputs, session.run(None, feeds), strict=True))
+        feeds = {f"past_key_values.{k[8:]}": v for k, v in results.items() if k.startswith("present.")}
+        found.append(int(results["logits"][0, -1].argmax()))
+        given = np.array([[found[-1]]])
+    return found
+
+
+def equal_tokens(wanted: list[int], found: list[int], prompt: int) -> int:
+    """How many tokens after the prompt are equal before the first that is not."""
+    same = (i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
+    return next(same, len(wanted)) - prompt
+
+
+@torch.no_grad()
+def decoder_row(small: Any, report: OnnxReport, windows: Tensor, folder: Path) -> dict[str, float]:
+    """How the text and the perplexity of an exported decoder compare with the model in torch."""
+    prompt = windows[:1, :64]
+    settings = {"max_new_tokens": GREEDY, "min_new_tokens": GREEDY, "do_sample": False}
+    wanted = small.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)[0].tolist()
+    ours = perplexity(lambda ids: small(input_ids=ids, use_cache=False).logits.float().numpy(), windows)
+    there = peers_onnx.perplexity(folder, small, windows)
+    return {
+        "perplexity": there,
+        "torch": ours,
+        "change %": 100 * (there / ours - 1),
+        "equal tokens, onnxruntime": equal_tokens(wanted, greedy_plain(folder, prompt, GREEDY), 64),
+        "equal tokens, genai": equal_tokens(wanted, greedy(folder, prompt, GREEDY), 64),
+        "largest relative error": max(part.relative for part in report.parity),
+    }
+
+
 def decoders(model: Any, tokenizer: Any, data: Any, folder: Path, rounds: int) -> dict[str, Any]:
     """Decoding and prompts in onnxruntime-genai, the builder's model first; agreement with torch."""
-    windows = torch.cat(list(held_out(tokenizer, 1).values()))
-    prompt = windows[:1, :64]
+    windows = torch.cat(list(held_out(tokenizer, 2).values()))
     built = peers_onnx.build(model, tokenizer, folder)
-    folders, rows = {"onnxruntime-genai builder, int4": built}, {}
+    folders = {BUILDER: built}
+    rows: dict[str, dict[str, float]] = {
+        BUILDER: {"perplexity": peers_onnx.perplexity(built, model, windows)}
+    }
+    example = {"input_ids": windows[:2, :32], "attention_mask": torch.ones(2, 32).long()}
     for label, recipe in DECODERS.items():
-        small = fxcompress.compress(model, recipe, data, tokenizer=tokenizer, progress=False, verify="off")
-        path = folder / label / "model.onnx"
-        path.parent.mkdir()
-        example = {"input_ids": windows[:, :32], "attention_mask": torch.ones(2, 32).long()}
-        report = small.export_onnx(path, cache=True, example_inputs=example)
-        folders[f"ours {label}"] = path.parent
-        settings = {"max_new_tokens": GREEDY, "min_new_tokens": GREEDY, "do_sample": False}
-        mask = torch.ones_like(prompt)
-        wanted = small.generate(input_ids=prompt, attention_mask=mask, **settings)[0].tolist()
-        found = greedy(path.parent, prompt, GREEDY)
-        same = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b), len(wanted))
-        sys.stderr.write(f"{label}: {report.parity}\n")
-        rows[f"ours {label}"] = {
-            "equal greedy tokens of 32": same - prompt.shape[1],
-            "largest relative error": max(part.relative for part in report.parity),
-        }
+        name = f"ours {label}"
+        folders[name] = folder / label
+        folders[name].mkdir()
+        path = folders[name] / "model.onnx"
+        if recipe is None:
+            report, small = float_decoder(model, tokenizer, windows[:2, :32], path), model
+        else:
+            small = fxcompress.compress(
+                model, recipe, data, tokenizer=tokenizer, progress=False, verify="off"
+            )
+            report = small.export_onnx(path, cache=True, example_inputs=example)
+        rows[name] = decoder_row(small, report, windows, folders[name])
+        sys.stderr.write(f"{name}: {rows[name]}\n")
     ids = windows[:1, :512]
     running = {name: peers_onnx.Genai(path, ids, PROMPT, STEPS) for name, path in folders.items()}
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
@@ -174,21 +251,13 @@ def decoders(model: Any, tokenizer: Any, data: Any, folder: Path, rounds: int) -
             found_rates = one.decode(), one.prefill(ids.shape[1])
             if turn:
                 rates[name].append(found_rates)
-    base = rates["onnxruntime-genai builder, int4"]
+    base = rates[BUILDER]
     for name, values in rates.items():
-        size = sum(f.stat().st_size for f in folders[name].glob("model.onnx*"))
-        rows.setdefault(name, {}).update(
-            {
-                "megabytes": size / 1e6,
-                "decode, builder = 1": statistics.median(
-                    a[0] / b[0] for a, b in zip(values, base, strict=True)
-                ),
-                "prompt, builder = 1": statistics.median(
-                    a[1] / b[1] for a, b in zip(values, base, strict=True)
-                ),
-                "decode tokens/s": statistics.median(a[0] for a in values),
-            }
-        )
+        pairs = list(zip(values, base, strict=True))
+        rows[name]["megabytes"] = sum(f.stat().st_size for f in folders[name].glob("model.onnx*")) / 1e6
+        rows[name]["decode, builder = 1"] = statistics.median(a[0] / b[0] for a, b in pairs)
+        rows[name]["prompt, builder = 1"] = statistics.median(a[1] / b[1] for a, b in pairs)
+        rows[name]["decode tokens/s"] = statistics.median(a[0] for a in values)
     return rows
 
 

@@ -1,0 +1,52 @@
+"""What checks of generated Triton kernels share: settings, random tensors, comparisons."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxcompress.backends.triton.configs import Config
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+CLOSE = {"float16": 2e-3, "bfloat16": 1.5e-2}
+few = settings(
+    max_examples=int(os.environ.get("FXCOMPRESS_CHECK_EXAMPLES", "10")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+rows, outputs, inputs = st.integers(1, 18), st.integers(1, 40), st.integers(1, 290)
+dtypes, flags = st.sampled_from(tuple(DTYPES)), st.booleans()
+
+
+DEVICE = torch.device(os.environ.get("FXCOMPRESS_CHECK_DEVICE", "cpu"))
+"""Where tensors lie: the CPU under the interpreter, ``cuda`` in tests/benchmarks/gpu.py."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, device="cpu").to(DEVICE)
+
+
+def random_codes(*shape: int, bits: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed + sum(shape))
+    return torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8, device="cpu").to(DEVICE)
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: str, what: object = "") -> None:
+    assert found.shape == expected.shape
+    error = (found.float() - expected).norm() / expected.norm().clamp_min(1e-20)
+    assert error < CLOSE[dtype], f"{what}: {float(error):.2e}"
+
+
+def config(splits: int = 1, *, scale_weight: bool = False, block_m: int = 16) -> Config:
+    return Config(block_m, 32, 32, splits, 4, 2, scale_weight)
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """The same values one element behind an aligned address."""
+    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
