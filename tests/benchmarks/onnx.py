@@ -142,13 +142,13 @@ def measure(runners: dict[str, Any], ids: Tensor, rounds: int) -> dict[str, floa
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-SMOOTH = {"smooth-activations": {"alpha": "search"}}
+SMOOTH_STATIC = {"smooth-activations": {"alpha": "search", "activation_mode": "static"}}
 INT8 = {"quantize-weights": {"bits": 8, "group_size": 0}}
 DECODERS: dict[str, Any] = {
     "float32": None,
     "w4a16-gptq": "w4a16-gptq",
     "w8a8-smooth": "w8a8-smooth",
-    "w8a8-smooth, static": [SMOOTH, INT8, {"quantize-activations": {"mode": "static"}}],
+    "w8a8-smooth, static": [SMOOTH_STATIC, INT8, {"quantize-activations": {"mode": "static"}}],
     "prune20-flap-w4a16-gptq": "prune20-flap-w4a16-gptq",
     "svd-llm -20 %, 8 bits": [
         {"svd-llm": {"keep": 0.8}},

@@ -85,10 +85,13 @@ def perplexity(folder: Path, model: Any, windows: Tensor) -> float:
     config = model.config
     width = config.hidden_size // config.num_attention_heads
     empty = np.zeros((1, config.num_key_value_heads, 0, width), np.float32)
-    past = {item.name: empty for item in session.get_inputs() if item.name.startswith("past_key_values")}
+    names = [item.name for item in session.get_inputs()]
+    past = {name: empty for name in names if name.startswith("past_key_values")}
     losses = []
     for row in windows:
         feeds = {"input_ids": row[None].numpy(), "attention_mask": np.ones((1, len(row)), np.int64), **past}
+        if "position_ids" in names:
+            feeds["position_ids"] = np.arange(len(row))[None]
         logits = torch.from_numpy(session.run(["logits"], feeds)[0])[0, :-1]
         losses.append(torch.nn.functional.cross_entropy(logits.float(), row[1:]))
     return math.exp(float(torch.stack(losses).mean()))
