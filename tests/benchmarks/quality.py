@@ -77,11 +77,7 @@ def measure(
             continue
         started = time.perf_counter()
         if source is not None and source not in data:
-            rows = (
-                calibration_windows(tokenizer, options.samples)
-                if source == "documentation"
-                else torch.cat(generated_tokens(model, samples=2 * options.samples))
-            )
+            rows = calibration_rows(model, tokenizer, source, options.samples)
             batches = [{"input_ids": row.unsqueeze(0), "use_cache": False} for row in rows]
             data[source] = as_calibration(batches, program, samples=len(batches))
         result = run_recipe(program, recipe, data.get(source or ""), verify="off")
@@ -98,6 +94,16 @@ def measure(
         if result.report.structure:
             row["structure"] = {when: result.report.structure[when] for when in ("before", "after")}
         yield name, row
+
+
+def calibration_rows(model: Any, tokenizer: Any, source: str, samples: int) -> list[Tensor]:
+    """Windows of the documentation, twice as many of the model's own text (half as long), or both."""
+    rows: list[Tensor] = []
+    if source in ("documentation", "both"):
+        rows += calibration_windows(tokenizer, samples)
+    if source in ("self", "both"):
+        rows += torch.cat(generated_tokens(model, samples=2 * samples))
+    return rows
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-Case = tuple[Any, str | None]  # recipe; calibration: None | "documentation" | "self"
+Case = tuple[Any, str | None]  # recipe; calibration: None | "documentation" | "self" | "both"
 
 DOCUMENTATION = "documentation"
 
@@ -21,6 +21,20 @@ def rtn_rest(bits: int) -> list[Any]:
 def gptq(group: int, *before: Any, **options: Any) -> list[Any]:
     rest = {"quantize-weights": {"bits": 4, "group_size": group, "only_remaining": True}}
     return [*before, {"gptq": {"bits": 4, "group_size": group, **options}}, rest]
+
+
+SIX_BITS = [f"*{name}_proj*" for name in ("q", "k", "v", "o", "down")]
+TABLES = ["*lm_head*", "*embed*"]
+
+
+def mixed_widths(key: str, **options: Any) -> list[Any]:
+    """6 bits for attention and the products behind the gate, 4 for the others, 8 for tables; groups of 64."""
+    options = {"group_size": 64, **options}
+    return [
+        {key: {"bits": 6, "include": SIX_BITS, **options}},
+        {key: {"bits": 4, "exclude": [*SIX_BITS, *TABLES], **options}},
+        {"quantize-weights": {"bits": 8, "group_size": 64, "only_remaining": True}},
+    ]
 
 
 def both(bits: tuple[int, int], *before: Any, **activations: Any) -> list[Any]:
@@ -41,6 +55,9 @@ WEIGHTS: dict[str, Case] = {
     "w4 g128, round to nearest": (rtn(4, 128), None),
     "w4 g128, gptq on documentation": (gptq(128), DOCUMENTATION),
     "w4 g64, gptq on the model's own text": (gptq(64), "self"),
+    "w4 g64, gptq on both": (gptq(64), "both"),
+    "w4 g32, gptq on both": (gptq(32), "both"),
+    "w4 and w6 g64, gptq on both": (mixed_widths("gptq"), "both"),
     "w8a8": ("w8a8", None),
     "w8a8-smooth on documentation": ("w8a8-smooth", DOCUMENTATION),
     "w4 g64, round to nearest, range search": (rtn(4, 64, search=True), None),
