@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fxcompress.backends.cpu.generator import form_number, render_template
@@ -24,7 +24,7 @@ class RecordField(NamedTuple):
 
     name: str
     type: str
-    count: str
+    amount: str
 
 
 class Constant(NamedTuple):
@@ -75,15 +75,18 @@ class HalfForm:
         bases = [_BASES.get(type(transform)) for transform in store.transforms]
         if None in bases or len(bases) > 1:
             return None
-        kept = (store.window, store.block, store.sinks, "rotated" in bases)
-        basis = {"affine": "affine" in bases, "rotary": "rotary" in bases}
+        form = cls._codes_of(store, (store.window, store.block, store.sinks, "rotated" in bases))
+        return form and replace(form, affine="affine" in bases, rotary="rotary" in bases)
+
+    @classmethod
+    def _codes_of(cls, store: BlockStore, kept: tuple[int, int, int, bool]) -> HalfForm | None:
         if isinstance(store, IntStore):
-            return cls(store.bits, store.axis, store.group_size, *kept, **basis)
+            return cls(store.bits, store.axis, store.group_size, *kept)
         if isinstance(store, FloatStore):
-            return cls(8, "token", 0, *kept, codes=store.format_kind, **basis)
+            return cls(8, "token", 0, *kept, codes=store.format_kind)
         if isinstance(store, CodebookStore):
             axis = "token" if store.offset is None else "channel"
-            return cls(store.bits, axis, 0, *kept, codes=_BOOK, outliers=store.outliers, **basis)
+            return cls(store.bits, axis, 0, *kept, codes=_BOOK, outliers=store.outliers)
         return None
 
     @property
@@ -113,10 +116,10 @@ class HalfForm:
             return (RecordField("codes", "input_t", "width * tokens"),)
         found = [RecordField("codes", "uint8_t", "code_bytes(width) * tokens")]
         if self.codes == _INTEGERS:
-            count = "(tokens + GROUP - 1) / GROUP * width"
+            amount = "(tokens + GROUP - 1) / GROUP * width"
             if self.axis == "token":
-                count = "tokens * (width / in_group(width))"
-            return (*found, *(RecordField(name, "uint16_t", count) for name in ("scale", "low")))
+                amount = "tokens * (width / in_group(width))"
+            return (*found, *(RecordField(name, "uint16_t", amount) for name in ("scale", "low")))
         if self.codes != _BOOK:
             return (*found, RecordField("scale", "float", "tokens"))
         if self.outliers:
