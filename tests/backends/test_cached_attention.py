@@ -103,16 +103,16 @@ CASES: dict[str, tuple[CacheForm, int, torch.dtype]] = {
         CacheForm(
             book(3, 3, 64, outliers=1, sinks=1, transforms=rotary(64, 0, 32, neighbours=False)),
             book(3, outliers=1, sinks=1),
-            *(3, 64, 64),
+            *(3, 64, 384),
         ),
         9,
         torch.float32,
     ),
     "kvquant-2-5-bfloat16": (
         CacheForm(
-            book(2, 2, 40, outliers=3, residual=4, transforms=rotary(40, 4, 14, neighbours=True)),
-            book(5, 2, 264, outliers=2, sinks=3),
-            *(2, 40, 264),
+            book(2, 2, 64, outliers=3, residual=4, transforms=rotary(64, 4, 22, neighbours=True)),
+            book(5, 2, 40, sinks=3),
+            *(2, 64, 40),
         ),
         6,
         torch.bfloat16,
@@ -124,9 +124,7 @@ MIXED = (
         FloatStore("e4m3", residual=3, transforms=affine(2, 24)),
         *(2, 32, 24),
     ),
-    CacheForm(
-        IntStore(6, transforms=affine(2, 24)), book(3, residual=2, outliers=1, transforms=TURNED), 2, 24, 40
-    ),
+    CacheForm(IntStore(6, transforms=affine(2, 32)), book(3, residual=2, outliers=1), 2, 32, 64),
 )
 
 
