@@ -82,7 +82,7 @@ CASES: dict[str, tuple[CacheForm, int, torch.dtype]] = {
         6,
         torch.bfloat16,
     ),
-    "fp8": (CacheForm(FloatStore(), FloatStore("e5m2", residual=5, sinks=2), 3, 64, 40), 9, torch.float32),
+    "fp8": (CacheForm(FloatStore(), FloatStore("e5m2", residual=5, sinks=2), 1, 64, 40), 5, torch.float32),
     "fp8-rotated-exact-bfloat16": (
         CacheForm(FloatStore("e5m2", transforms=TURNED), ExactStore(), 2, 24, 40),
         4,
@@ -90,13 +90,13 @@ CASES: dict[str, tuple[CacheForm, int, torch.dtype]] = {
     ),
     "wkvquant-4": (
         CacheForm(
-            IntStore(4, transforms=affine(3, 64)),
-            IntStore(3, "token", 8, transforms=affine(3, 40)),
-            3,
+            IntStore(4, transforms=affine(1, 64)),
+            IntStore(3, "token", 8, transforms=affine(1, 40)),
+            1,
             64,
             40,
         ),
-        9,
+        12,  # query heads: many for one key head
         torch.float32,
     ),
     "kvquant-3": (
