@@ -11,11 +11,12 @@ reads those.
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -26,16 +27,23 @@ from fxcompress.backends.cpu.generator import DTYPES, output_dtype
 from fxcompress.backends.cpu.isa import Isa
 from fxcompress.cache_record import from_text
 from fxcompress.errors import FxCompressError
+from fxcompress.forms.cache import CacheForm
 
-__all__ = ["Fused", "chain", "find_fused"]
+__all__ = ["Fused", "chain", "find_fused", "form_of"]
 
 logger = logging.getLogger("fxcompress.backends")
 aten = torch.ops.aten
 
+_MOST_CONSTANTS = 16
 _SCHEMA = (
     "attend_cached(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor(a!) memory,"
-    " Tensor(b!) length, SymInt capacity, float scale, int form) -> Tensor"
+    " Tensor(b!) length, Tensor[] constants, SymInt capacity, float scale, int form) -> Tensor"
 )
+
+
+class _Kernel(NamedTuple):
+    number: int
+    constants: list[int]  # places of its constants among the update's
 
 
 @dataclass
@@ -43,24 +51,25 @@ class Fused:
     """What :func:`find_fused` found in one block.
 
     Args:
-        forms: Attention → (the update it reads, the number of its kernel).
+        forms: Attention → (the update it reads, its kernel).
         skipped: Nodes that are computed inside the fused operator: updates, their results, repeated heads.
     """
 
-    forms: dict[fx.Node, tuple[fx.Node, int]] = field(default_factory=dict)
+    forms: dict[fx.Node, tuple[fx.Node, _Kernel]] = field(default_factory=dict)
     skipped: set[fx.Node] = field(default_factory=set)
 
     def run(self, node: fx.Node, value_of: Callable[[Any], Any]) -> Tensor:
         """The attention ``node``, and the append."""
-        update, number = self.forms[node]
-        memory, length, key, value, _, _, capacity, _ = (value_of(argument) for argument in update.args)
+        update, kernel = self.forms[node]
+        memory, length, key, value, given, _, capacity, _ = (value_of(argument) for argument in update.args)
         query, mask = value_of(node.args[0]), value_of(attention.mask_of(node))
         if mask is not None:
             mask = mask if mask.dtype is torch.bool else mask.to(torch.float32)
             mask = mask if mask.dim() == 4 else mask[None, None]
         scale = attention.scale_of(node, query.shape[3])
+        constants = [given[place] for place in kernel.constants]
         out: Tensor = torch.ops.fxcompress_cpu.attend_cached(
-            query, key, value, mask, memory, length, capacity, scale, number
+            query, key, value, mask, memory, length, constants, capacity, scale, kernel.number
         )
         return out
 
@@ -73,9 +82,9 @@ def find_fused(graph: fx.Graph, isa: Isa) -> Fused:
         if links is None:
             continue
         update, between = links
-        number = _kernel(update, isa)
-        if number is not None:
-            found.forms[node] = (update, number)
+        kernel = _kernel(update, isa)
+        if kernel is not None:
+            found.forms[node] = (update, kernel)
             found.skipped |= {update, *between}
     return found
 
@@ -106,19 +115,31 @@ def chain(node: fx.Node, devices: tuple[str, ...] = ("cpu",)) -> tuple[fx.Node, 
     return update, between
 
 
-def _kernel(update: fx.Node, isa: Isa) -> int | None:
+def _kernel(update: fx.Node, isa: Isa) -> _Kernel | None:
     key = update.args[2].meta["val"]  # type: ignore[union-attr]
     if key.dtype not in DTYPES or key.device.type != "cpu":
         return None
-    constants = [node.meta["val"] for node in cast("Sequence[fx.Node]", update.args[4])]
-    form = CachedAttentionForm.of(from_text(str(update.args[5]), constants), DTYPES[key.dtype])
+    form = CachedAttentionForm.of(form_of(update), DTYPES[key.dtype])
     if form is None:
         logger.info("%s: no kernel reads this form; the cache is dequantized at every step", update.name)
         return None
     number = form.number(isa)
     if _TITLES.setdefault(number, form.title) != form.title or native.ensure_kernel(form, isa) is not None:
         return None
-    return number
+    return _Kernel(number, places_of(form, str(update.args[5])))
+
+
+def form_of(update: fx.Node) -> CacheForm:
+    """The form of the cache that ``update`` changes, without the content of its tensors."""
+    given = [node.meta["val"] for node in cast("Sequence[fx.Node]", update.args[4])]
+    empty = [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in given]
+    return from_text(str(update.args[5]), empty)
+
+
+def places_of(form: CachedAttentionForm, text: str) -> list[int]:
+    """Where the tensors that a kernel takes lie among those of the cache's form as text."""
+    names: list[str] = json.loads(text)["tensors"]
+    return [names.index(f".{name}") for name in form.constants]
 
 
 _TITLES: dict[int, str] = {}  # two forms with one number: the second is not served
@@ -131,6 +152,7 @@ class CachedArguments(ctypes.Structure):
         ("attention", native.AttentionArguments),
         *((name, ctypes.c_void_p) for name in ("memory", "length")),
         *((name, ctypes.c_int64) for name in ("capacity", "record")),
+        ("constants", ctypes.c_void_p * _MOST_CONSTANTS),
     ]
 
 
@@ -141,6 +163,7 @@ def _fake(
     mask: Tensor | None,
     memory: Tensor,
     length: Tensor,
+    constants: Sequence[Tensor],
     capacity: int,
     scale: float,
     form: int,
@@ -157,6 +180,7 @@ def python_attend_cached(
     mask: Tensor | None,
     memory: Tensor,
     length: Tensor,
+    constants: Sequence[Tensor],
     capacity: int,
     scale: float,
     form: int,
@@ -170,9 +194,12 @@ def python_attend_cached(
     if int(length) + key.shape[2] > capacity:
         raise FxCompressError(f"{int(length) + key.shape[2]} tokens do not fit a cache of {capacity}.")
     arguments, out, kept = native.attention_arguments(query, key, value, mask, False, scale, form)
-    cached = CachedArguments(arguments, memory.data_ptr(), length.data_ptr(), capacity, memory.shape[2])
+    tensors = [constant.contiguous() for constant in constants]
+    pointers = (ctypes.c_void_p * _MOST_CONSTANTS)(*(tensor.data_ptr() for tensor in tensors))
+    record = memory.shape[2]
+    cached = CachedArguments(arguments, memory.data_ptr(), length.data_ptr(), capacity, record, pointers)
     native.library_of(form).fx_run(ctypes.byref(cached))
-    del kept
+    del kept, tensors
     return out
 
 

@@ -15,7 +15,7 @@ from fxcompress.errors import BackendError
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """Raised whenever ``templates/*arguments.j2`` or the meaning of the packed tensors changes."""
 
 DTYPES: dict[torch.dtype, str] = {

@@ -76,7 +76,7 @@ class HalfSource:
 
 def refused(key: HalfForm | None, value: HalfForm | None, widths: tuple[int, int], input: str) -> str | None:
     """Why no kernel reads or writes a cache, or None."""
-    if key is None or value is None:
+    if key is None or value is None or not (key.integers and value.integers):
         return "the cache is kept in another form than integers, maybe rotated"
     for name, half, width in (("keys", key, widths[0]), ("values", value, widths[1])):
         if half.bits not in BITS:
