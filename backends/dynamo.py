@@ -210,7 +210,8 @@ def fxcompress_backend(
     Args:
         module: Graph captured by Dynamo.
         example_inputs: Its inputs.
-        options: ``recipe``: a data-free recipe (name, YAML path or Recipe; default ``"w8a16"``), or
+        options: ``recipe``: a data-free recipe (name, YAML path or Recipe; default ``"w8a16"``; None leaves
+            weights as they are, for programs that keep their caches in packed form already), or
             ``artifact``: directory of a saved compression;
             ``inner``: ``"inductor"`` (default) or ``"eager"``.
 
