@@ -62,9 +62,9 @@ class CompressingBackend:
         with torch.no_grad():
             program = program_from_dynamo(module, example_inputs)
             store = self._store_for(program)
-            packs = torch.ops.fxcompress.update_cache.default
+            packs = (torch.ops.fxcompress.update_cache.default, torch.ops.fxcompress.update_window.default)
             if not any(store.state.rewrites(name) for name in program.weight_of.values()) and not any(
-                node.target is packs for node in program.graph.nodes
+                node.target in packs for node in program.graph.nodes
             ):
                 return self._plain(program, module, example_inputs)
             applied = apply_state(program, store.state)
