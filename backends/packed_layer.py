@@ -234,7 +234,7 @@ class Window:
         return self.capacity - self.kept - self.unit + 1
 
 
-class SlidingLayer(PackedLayer):
+class SlidingLayer(PackedLayer):  # type: ignore[no-untyped-call]
     """The cache of an attention with a sliding window: tokens that left the window are dropped.
 
     Args:
@@ -300,7 +300,7 @@ class SlidingLayer(PackedLayer):
         """Whether attention in a captured graph sees the places of the record, one graph for all steps."""
         return not self.slides or (not self.window.by_position and tokens <= self.window.spare)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:  # type: ignore[override]
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """Columns of the mask, and the position of the first."""
         past = self.window.size - 1
         if not torch.compiler.is_compiling():

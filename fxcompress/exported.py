@@ -199,7 +199,7 @@ def _export(module: nn.Module, exported: ExportedProgram) -> ExportedProgram:
 def _user_inputs(exported: ExportedProgram) -> list[fx.Node]:
     nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     specs = exported.graph_signature.input_specs
-    return [nodes[spec.arg.name] for spec in specs if spec.kind is InputKind.USER_INPUT]  # type: ignore[union-attr]
+    return [nodes[spec.arg.name] for spec in specs if spec.kind is InputKind.USER_INPUT]
 
 
 def _inputs(exported: ExportedProgram) -> dict[str, tuple[Any, ...]]:
@@ -218,12 +218,11 @@ def _dynamic_shapes(module: nn.Module, exported: ExportedProgram) -> dict[str, A
     for node in _user_inputs(exported):
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            sizes = enumerate(value.shape)
-            leaves.append(
-                {dim: _hint(size, exported) for dim, size in sizes if isinstance(size, torch.SymInt)}
-            )
+            sizes: list[Any] = list(value.shape)
+            dynamic = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+            leaves.append({dim: _hint(sizes[dim], exported) for dim in dynamic})
         else:
-            leaves.append(_hint(value, exported) if isinstance(value, torch.SymInt) else None)
+            leaves.append(Dim.AUTO if isinstance(value, torch.SymInt) else None)
     spec = exported.call_spec.in_spec
     assert spec is not None
     args, kwargs = pytree.tree_unflatten(leaves, spec)
