@@ -62,9 +62,9 @@ class CompressingBackend:
         with torch.no_grad():
             program = program_from_dynamo(module, example_inputs)
             store = self._store_for(program)
-            packs = torch.ops.fxcompress.update_cache.default
+            packs = (torch.ops.fxcompress.update_cache.default, torch.ops.fxcompress.update_window.default)
             if not any(store.state.rewrites(name) for name in program.weight_of.values()) and not any(
-                node.target is packs for node in program.graph.nodes
+                node.target in packs for node in program.graph.nodes
             ):
                 return self._plain(program, module, example_inputs)
             applied = apply_state(program, store.state)
@@ -210,7 +210,8 @@ def fxcompress_backend(
     Args:
         module: Graph captured by Dynamo.
         example_inputs: Its inputs.
-        options: ``recipe``: a data-free recipe (name, YAML path or Recipe; default ``"w8a16"``), or
+        options: ``recipe``: a data-free recipe (name, YAML path or Recipe; default ``"w8a16"``; None leaves
+            weights as they are, for programs that keep their caches in packed form already), or
             ``artifact``: directory of a saved compression;
             ``inner``: ``"inductor"`` (default) or ``"eager"``.
 

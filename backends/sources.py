@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fxcompress.artifact import Artifact, read_artifact
-from fxcompress.artifact.storage import tensor_sha256
+from fxcompress.artifact.binding import check_value, known_name, rename_weights, state_of_artifact
 from fxcompress.backends.executable import version_of
 from fxcompress.capture.program import Program
 from fxcompress.edits import CompressionState
@@ -54,6 +54,14 @@ class GhostSource:
         return owners[0] if owners else self._store
 
 
+class NoForms:
+    """No forms: weights stay as they are, and only what the graph itself holds in packed form is served."""
+
+    def store(self, program: Program) -> WeightStore:
+        """A store without forms."""
+        return WeightStore(CompressionState(program.weights))
+
+
 class OwnFormsFirst:
     """Another source, except for the weights of a compressed model, which have forms already.
 
@@ -62,7 +70,7 @@ class OwnFormsFirst:
         asked: Whether a recipe or an artifact was asked for, which a compressed model cannot take.
     """
 
-    def __init__(self, otherwise: ArtifactSource | RecipeSource, *, asked: bool) -> None:
+    def __init__(self, otherwise: ArtifactSource | RecipeSource | NoForms, *, asked: bool) -> None:
         self.otherwise = otherwise
         self.asked = asked
 
@@ -104,7 +112,7 @@ class ArtifactSource:
         """
         names: dict[str, str] = {}
         for name in program.parameters:
-            known = self._match(name)
+            known = known_name(self.artifact, name)
             names[name] = known
             self._check(known, program.weights[name])
         rename_weights(program, names)
@@ -115,32 +123,11 @@ class ArtifactSource:
             self._store.state.weights = {**self._store.state.weights, **program.weights}
         return self._store
 
-    def _match(self, name: str) -> str:
-        """The artifact's name of a parameter whose path may start above or below the compressed module."""
-        known, aliases = self.artifact.parameters, self.artifact.aliases
-        parts = name.split(".")
-        for start in range(len(parts)):
-            tail = ".".join(parts[start:])
-            if tail in known or tail in aliases:
-                return aliases.get(tail, tail)
-        ends = [other for other in known if other.endswith(f".{name}")]
-        if len(ends) == 1:
-            return ends[0]
-        raise BindingError(
-            f"{name}: the artifact of {self.artifact.identity.class_name} has no such parameter.",
-            fix="compile the model the artifact was made from.",
-        )
-
     def _check(self, name: str, tensor: Tensor) -> None:
         seen = self._checked.get(name)
         if seen is not None and seen[0]() is tensor and seen[1] == version_of(tensor):
             return
-        info = self.artifact.parameters[name]
-        if tuple(tensor.shape) != info.shape or tensor_sha256(tensor.detach()) != info.sha256:
-            raise BindingError(
-                f"{name}: its values are not those the artifact was made from.",
-                fix="load the original weights, or compress this model again.",
-            )
+        check_value(self.artifact, name, tensor)
         self._checked[name] = (weakref.ref(tensor), version_of(tensor))
 
 
@@ -197,14 +184,17 @@ class RecipeSource:
         return state
 
 
-def source_from_options(options: Mapping[str, Any]) -> ArtifactSource | RecipeSource:
+def source_from_options(options: Mapping[str, Any]) -> ArtifactSource | RecipeSource | NoForms:
     """The source for ``torch.compile(..., options=...)``; artifacts and recipes are shared between graphs."""
     if "artifact" in options:
         path = str(Path(options["artifact"]).resolve())
         if path not in _ARTIFACTS:
             _ARTIFACTS[path] = ArtifactSource(path)
         return _ARTIFACTS[path]
-    recipe = Recipe.load(options.get("recipe", DEFAULT_RECIPE))
+    given = options.get("recipe", DEFAULT_RECIPE)
+    if given is None:
+        return NoForms()
+    recipe = Recipe.load(given)
     key = recipe.to_yaml()
     if key not in _RECIPES:
         _RECIPES[key] = RecipeSource(recipe)
@@ -213,22 +203,3 @@ def source_from_options(options: Mapping[str, Any]) -> ArtifactSource | RecipeSo
 
 _ARTIFACTS: dict[str, ArtifactSource] = {}
 _RECIPES: dict[str, RecipeSource] = {}
-
-
-def state_of_artifact(artifact: Artifact, weights: Mapping[str, Tensor]) -> CompressionState:
-    """The artifact's edits as a state over ``weights``; forms stay lazy."""
-    state = CompressionState(weights)
-    state.forms = artifact.forms  # type: ignore[assignment]
-    state.fused = list(artifact.fused)
-    state.tensors = {
-        name: artifact.tensors[name] for name in artifact.parameters if artifact.parameters[name].edited
-    }
-    return state
-
-
-def rename_weights(program: Program, names: Mapping[str, str]) -> None:
-    """Rename canonical weight names in place."""
-    weights = dict(program.weights)
-    program.weights = {names.get(name, name): tensor for name, tensor in weights.items()}
-    program.weight_of = {node: names.get(name, name) for node, name in program.weight_of.items()}
-    program.parameters = frozenset(names.get(name, name) for name in program.parameters)

@@ -11,6 +11,7 @@ from fxcompress.api import compress, load
 from fxcompress.edits import Edit
 from fxcompress.errors import FxCompressError
 from fxcompress.explanation import Explanation, explain
+from fxcompress.exported import compress_exported
 from fxcompress.model import CompressedModel
 from fxcompress.pass_base import Pass
 from fxcompress.presets import recipes
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "__version__",
     "compress",
+    "compress_exported",
     "distill",
     "explain",
     "load",

@@ -86,36 +86,41 @@ class CacheRecord:
         """Zeroed memory."""
         return torch.zeros(batch, self.form.heads, self.nbytes, dtype=torch.uint8, device=device)
 
-    def halves(self, memory: Tensor) -> tuple[Half, Half]:
-        """Typed views of keys and values; ``memory: [B, H, nbytes]``."""
+    def halves(self, memory: Tensor, origin: int = 0) -> tuple[Half, Half]:
+        """Typed views of keys and values in ``memory: [B, H, nbytes]``; the first token is at ``origin``."""
         found = []
         for placed, width in zip(self._fields, self.widths, strict=True):
             tensors = {key: _view(memory, offset, field) for key, (offset, field) in placed.items()}
-            found.append(Half(tensors, width, self.dtype))
+            found.append(Half(tensors, width, self.dtype, origin))
         return found[0], found[1]
 
-    def append(self, memory: Tensor, length: int, key: Tensor, value: Tensor) -> None:
+    def append(self, memory: Tensor, length: int, key: Tensor, value: Tensor, origin: int = 0) -> None:
         """Add ``[B, H, T, D]`` behind ``length`` tokens, in place.
 
         Raises:
             FxCompressError: the cache is full, or was made for other sequences.
         """
         self.check(memory, length, key)
-        for name, half, x in zip(_HALVES, self.halves(memory), (key, value), strict=True):
+        for name, half, x in zip(_HALVES, self.halves(memory, origin), (key, value), strict=True):
             self._store(name).append(half, x, length)
 
-    def read(self, memory: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def read(self, memory: Tensor, length: int, origin: int = 0) -> tuple[Tensor, Tensor]:
         """Dequantized keys and values ``[B, H, length, D]``."""
         key, value = (
             self._store(name).read(half, length)
-            for name, half in zip(_HALVES, self.halves(memory), strict=True)
+            for name, half in zip(_HALVES, self.halves(memory, origin), strict=True)
         )
         return key, value
 
-    def crop(self, memory: Tensor, length: int, kept: int) -> None:
+    def crop(self, memory: Tensor, length: int, kept: int, origin: int = 0) -> None:
         """Keep the first ``kept`` of ``length`` tokens, in place."""
-        for name, half in zip(_HALVES, self.halves(memory), strict=True):
+        for name, half in zip(_HALVES, self.halves(memory, origin), strict=True):
             self._store(name).crop(half, length, kept)
+
+    def shift(self, memory: Tensor, length: int, count: int) -> None:
+        """Forget the first ``count`` of ``length`` tokens, a multiple of the form's unit, in place."""
+        for name, half in zip(_HALVES, self.halves(memory), strict=True):
+            self._store(name).shift(half, length, count)
 
     def grown(self, memory: Tensor, capacity: int) -> tuple[CacheRecord, Tensor]:
         """The record for more tokens, and memory of that size with the same content."""

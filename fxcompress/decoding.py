@@ -109,6 +109,8 @@ class DecodeSession:
         self._module, self._recorder = module, _Recorder(backend)
         device = next(module.parameters()).device
         self._cache = fixed_cache(module, caches, batch, capacity, device, shapes)
+        if padded and any(getattr(layer, "slides", False) for layer in self._cache.layers):
+            raise NotCoveredError("padded prompts, and layers that forget old tokens", this_call=True)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.logits = torch.empty(0)
         self._extra: dict[str, Tensor] = {}

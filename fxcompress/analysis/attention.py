@@ -22,6 +22,7 @@ __all__ = ["AttentionSite", "find_attention"]
 _PRODUCTS = aten_names("matmul bmm baddbmm einsum")
 _SOFTMAX = aten_names("softmax _softmax")
 _SDPA = "aten::scaled_dot_product_attention"
+_REPEAT = "aten::repeat_interleave"
 _SHAPE = aten_names(
     "view reshape _unsafe_view transpose permute t contiguous clone expand unsqueeze squeeze flatten"
     " to _to_copy slice select alias detach dropout"
@@ -105,7 +106,7 @@ class _Finder:
         pending, seen = [start], {start}
         for node in pending:
             yield node
-            if node.op != "call_function" or stop(node):
+            if stop(node):
                 continue
             for source in (*node.all_input_nodes, *self.writers.get(node, ())):
                 if source not in seen:
@@ -207,7 +208,7 @@ def _writers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         base = node.args[0]
         while isinstance(base, fx.Node) and op_name(base) in _SHAPE and isinstance(base.args[0], fx.Node):
             base = base.args[0]
-        if isinstance(base, fx.Node) and base.op == "call_function":
+        if isinstance(base, fx.Node) and base.op in ("call_function", "placeholder"):
             found.setdefault(base, []).append(node)
     return found
 
@@ -224,10 +225,12 @@ def _operands(product: fx.Node) -> tuple[fx.Node, ...]:
 def _heads_before_repeating(value: fx.Node) -> int | None:
     """Heads of a value before grouped-query attention expanded them."""
     node = value
-    while op_name(node) in _SHAPE and isinstance(node.args[0], fx.Node):
+    while op_name(node) in (*_SHAPE, _REPEAT) and isinstance(node.args[0], fx.Node):
         source = node.args[0]
         if op_name(node) == "aten::expand" and _rank(source) == 5:
             return _size(source, 1)
+        if op_name(node) == _REPEAT:
+            return _size(source, -3)
         node = source
     return _size(value, -3)
 

@@ -9,6 +9,7 @@ was filled. A token is quantized only when it has become past: attention reads b
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,11 +32,13 @@ class Half(NamedTuple):
         tensors: Fields by name, each ``[B, H, *field.shape]``; writing to them changes the cache.
         width: Channels per head.
         dtype: Of the model.
+        origin: Position of the first token.
     """
 
     tensors: Mapping[str, Tensor]
     width: int
     dtype: torch.dtype
+    origin: int = 0
 
 
 class Field(NamedTuple):
@@ -57,6 +60,20 @@ class CacheStore(Component):
     All lengths count tokens; ``x: [B, H, T, D]``.
     """
 
+    @property
+    def block(self) -> int:
+        """Tokens that are quantized together."""
+        return 1
+
+    @property
+    def by_position(self) -> bool:
+        """Whether what is kept of a token depends on its position."""
+        return False
+
+    def without_sinks(self) -> CacheStore:
+        """The same, with no first tokens kept apart."""
+        return self
+
     def fields(self, capacity: int, width: int, dtype: torch.dtype) -> dict[str, Field]:
         """What is kept for one head of one sequence of up to ``capacity`` tokens of ``width`` channels.
 
@@ -76,6 +93,13 @@ class CacheStore(Component):
     def crop(self, half: Half, length: int, kept: int) -> None:
         """Forget all but the first ``kept`` of ``length`` tokens."""
         raise FormatError(f"{type(self).__name__} does not implement crop()")
+
+    def shift(self, half: Half, length: int, count: int) -> None:
+        """Forget the first ``count`` of ``length`` tokens, a multiple of :attr:`block`; the others move up.
+
+        Stores that keep first tokens apart do not shift, see :meth:`without_sinks`.
+        """
+        raise FormatError(f"{type(self).__name__} does not implement shift()")
 
     def for_heads(self, name: str, heads: int) -> None:
         """Check tensors of the store against the number of key/value heads.
@@ -105,6 +129,11 @@ class ExactStore(CacheStore):
     def crop(self, half: Half, length: int, kept: int) -> None:
         """Nothing: what lies behind the end is not read."""
 
+    def shift(self, half: Half, length: int, count: int) -> None:
+        """Move."""
+        exact = half.tensors["exact"]
+        exact[:, :, : length - count] = exact[:, :, count:length].clone()
+
     def describe(self) -> str:
         """E.g. for the report."""
         return "exact"
@@ -133,9 +162,13 @@ class BlockStore(CacheStore):
                 raise FormatError(f"{type(self).__name__}: {option}={value!r}, expected 0 or more tokens.")
 
     @property
-    def block(self) -> int:
-        """Tokens that are quantized together."""
-        return 1
+    def by_position(self) -> bool:
+        """Whether a transform depends on positions."""
+        return any(transform.by_position for transform in self.transforms)
+
+    def without_sinks(self) -> BlockStore:
+        """The same, with no first tokens kept apart."""
+        return dataclasses.replace(self, sinks=0) if self.sinks else self
 
     @property
     def window(self) -> int:
@@ -211,6 +244,18 @@ class BlockStore(CacheStore):
             recent = half.tensors["recent"]
             recent[:, :, self._places(first, last, recent.device)] = whole.to(recent.dtype)
 
+    def shift(self, half: Half, length: int, count: int) -> None:
+        """Codes move to the front, the ring turns."""
+        done = self.quantized(length)
+        for name, part in self.encoded(self.block, half.width).items():
+            rows, held = part.shape[0], half.tensors[name]  # rows of one block
+            first, last = (place * rows // self.block for place in (count, done))
+            if last > first:
+                held[:, :, : last - first] = held[:, :, first:last].clone()
+        if self.slots:
+            recent = half.tensors["recent"]
+            recent.copy_(recent.roll(-count, 2))
+
     def for_heads(self, name: str, heads: int) -> None:
         """Transforms may hold a row per head."""
         for transform in self.transforms:
@@ -224,13 +269,14 @@ class BlockStore(CacheStore):
             return like[:, :, :0]
         return half.tensors["recent"][:, :, self._places(first, last, like.device)]
 
-    def _positions(self, first: int, last: int, device: torch.device) -> Tensor:
-        return torch.arange(self.sinks + first, self.sinks + last, device=device)
+    def _positions(self, half: Half, first: int, last: int, device: torch.device) -> Tensor:
+        start = half.origin + self.sinks
+        return torch.arange(start + first, start + last, device=device)
 
     def _write(self, half: Half, x: Tensor, first: int) -> None:
         """Quantize tokens ``first …`` (sinks not counted)."""
         y = x.to(torch.float32)
-        positions = self._positions(first, first + x.shape[2], x.device)
+        positions = self._positions(half, first, first + x.shape[2], x.device)
         for transform in self.transforms:
             y = transform.apply(y, positions)
         for name, part in self.encode(y).items():
@@ -244,7 +290,7 @@ class BlockStore(CacheStore):
             rows = part.shape[0]  # of one block
             parts[name] = half.tensors[name][:, :, first * rows // self.block : last * rows // self.block]
         y = self.decode(parts, half.width)
-        positions = self._positions(first, last, y.device)
+        positions = self._positions(half, first, last, y.device)
         for transform in reversed(self.transforms):
             y = transform.undo(y, positions)
         return y
@@ -282,6 +328,20 @@ class CacheForm(Component):
                 store.for_heads(name, self.heads)
             except FormatError as error:
                 raise FormatError(f"{name} of an attention: {error}") from error
+
+    @property
+    def unit(self) -> int:
+        """Tokens that keys or values quantize together."""
+        return math.lcm(self.key.block, self.value.block)
+
+    @property
+    def by_position(self) -> bool:
+        """Whether what is kept of a token depends on its position."""
+        return self.key.by_position or self.value.by_position
+
+    def without_sinks(self) -> CacheForm:
+        """The same, with no first tokens kept apart."""
+        return dataclasses.replace(self, key=self.key.without_sinks(), value=self.value.without_sinks())
 
     @property
     def exact(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ __all__ = ["CacheTransform", "ChannelAffine", "HeadRotation", "PositionRotation"
 @dataclass(frozen=True, eq=False)
 class CacheTransform(Component):
     """An invertible map of the channels of a head; ``x: [B, H, T, D]`` float32, ``positions: [T]``."""
+
+    by_position: ClassVar[bool] = False
+    """Whether it depends on ``positions``."""
 
     def apply(self, x: Tensor, positions: Tensor) -> Tensor:
         """What is quantized."""
@@ -138,6 +142,8 @@ class PositionRotation(CacheTransform):
 
     partner: Tensor
     frequency: Tensor
+
+    by_position: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         width = self.partner.numel()

@@ -10,6 +10,7 @@ from fxcompress.ops.activation import apply_quantizer, apply_transforms
 from fxcompress.ops.weight import dequantize_weight
 
 # Imported for their registration.
-from fxcompress.ops import cache, codebook, embedding, floating, outliers, sparse, straight_through  # noqa: F401  isort: skip
+from fxcompress.ops import cache, codebook, embedding, floating, outliers  # noqa: F401  isort: skip
+from fxcompress.ops import sliding_cache, sparse, straight_through  # noqa: F401  isort: skip
 
 __all__ = ["apply_quantizer", "apply_transforms", "dequantize_weight"]

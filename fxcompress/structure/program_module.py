@@ -20,7 +20,7 @@ from fxcompress.capture.program import Program
 from fxcompress.errors import ArtifactError, FxCompressError
 from fxcompress.structure.record import CallInput
 
-__all__ = ["ProgramModule", "describe_call", "example_call"]
+__all__ = ["ProgramModule", "describe_call", "example_call", "hold_tensor"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,25 +51,14 @@ class ProgramModule(nn.Module):
         for number, (name, tensor) in enumerate(program.weights.items()):
             is_constant = name.startswith("constant:")
             held[name] = f"constants.c{number}" if is_constant else name
-            self._hold(held[name], tensor, name in program.parameters, name in persistent)
+            parameter = name in program.parameters
+            hold_tensor(self, held[name], tensor, parameter=parameter, persistent=name in persistent)
         order = {name: index for index, name in enumerate(program.inputs)}
         for node in program.placeholders():
             name = program.weight_of.get(node.name, "")
             self._names.append(("weight", held[name]) if name else ("input", str(order[node.name])))
         keys = () if program.in_spec is None else tuple(program.in_spec.child(1).context or ())
         self._shared = _Shared(program.graph_module, program.in_spec, program.out_spec, keys)
-
-    def _hold(self, name: str, tensor: Tensor, parameter: bool, persistent: bool) -> None:
-        *path, key = name.split(".")
-        owner: nn.Module = self
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        if parameter:
-            owner.register_parameter(key, nn.Parameter(tensor.detach(), requires_grad=False))
-        else:
-            owner.register_buffer(key, tensor.detach(), persistent=persistent)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The graph on the inputs of the captured call; the same arguments must be given."""
@@ -104,6 +93,28 @@ class ProgramModule(nn.Module):
             " it cannot generate.",
             fix="cut less of it (see report.structure['module']), or equally in all layers.",
         )
+
+
+def hold_tensor(
+    root: nn.Module,
+    name: str,
+    tensor: Tensor,
+    *,
+    parameter: bool = False,
+    persistent: bool = True,
+    requires_grad: bool = False,
+) -> None:
+    """Register a tensor under a dotted name; modules on the way are made."""
+    *path, key = name.split(".")
+    owner = root
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if parameter:
+        owner.register_parameter(key, nn.Parameter(tensor.detach(), requires_grad=requires_grad))
+    else:
+        owner.register_buffer(key, tensor.detach(), persistent=persistent)
 
 
 def describe_call(program: Program, flat: Sequence[Any]) -> tuple[CallInput, ...]:
