@@ -80,7 +80,9 @@ def _export_decoder(model: CompressedModel, path: Path, example: Any, options: O
         raise BackendError("cache=True needs example inputs with input_ids [batch, tokens].")
     if ids.shape[0] == 1:
         ids = torch.cat([ids, ids])
-    decoder, state = CachedDecoder.capture(module, ids), state_of(model)
+    state = state_of(model)
+    _check_cache_is_plain(state)
+    decoder = CachedDecoder.capture(module, ids)
     reference = apply_state(decoder.program, state)
     return export_program(
         decoder.program,
@@ -95,6 +97,18 @@ def _export_decoder(model: CompressedModel, path: Path, example: Any, options: O
         options=options,
         beside=lambda folder: write_generation_files(module, model.tokenizer, folder, path.name, decoder),
     )
+
+
+def _check_cache_is_plain(state: CompressionState) -> None:
+    """ONNX Runtime quantizes caches with calibrated symmetric scales only, which no form has."""
+    caches = {name: form.cache for name, form in state.forms.items()}
+    quantized = [name for name, cache in caches.items() if cache is not None and not cache.exact]
+    if quantized:
+        where = f"{len(quantized)} attentions ({quantized[0]}, …)"
+        raise BackendError(
+            f"{where} keep a quantized cache, which has no ONNX form.",
+            fix="compress without the pass for caches, or export with cache=False.",
+        )
 
 
 @contextmanager

@@ -180,3 +180,11 @@ def test_a_model_that_amplifies_noise_is_held_to_its_own(tmp_path: Path) -> None
     noise = Parity("noise", 0.1, 0.02, 3e-4, 1.0)
     assert widened(narrow, noise) == pytest.approx((0.06, 9e-4))
     assert widened(narrow, Parity("noise", 0.0, 0.0, None, None)) == narrow
+
+
+def test_quantized_caches_are_refused(tmp_path: Path) -> None:
+    inputs = entry("llama").inputs()
+    small = compressed(entry("llama").build(), [{"quantize-kv-cache": {"bits": 8}}], inputs)
+    with pytest.raises(BackendError, match=r"quantized cache, which has no ONNX form"):
+        small.export_onnx(tmp_path / "m.onnx", cache=True, example_inputs=inputs)
+    assert not (tmp_path / "m.onnx").exists()
