@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from fxcompress.analysis.op_arguments import arguments
 from fxcompress.backends.onnx.call_values import value_in
 from fxcompress.backends.onnx.operators import ops
 
@@ -62,10 +63,10 @@ def fuse_rotary(graph: fx.Graph, calls: Sequence[Mapping[str, Any]]) -> int:
 def _rotation(node: fx.Node) -> _Rotation | None:
     if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
         return None
-    products = [_factors(argument) for argument in node.args]
-    if products[0] is None or products[1] is None:
+    one, two = (_factors(argument) for argument in node.args)
+    if one is None or two is None:
         return None
-    for straight, turned in (products, products[::-1]):
+    for straight, turned in ((one, two), (two, one)):
         for x, cos in (straight, straight[::-1]):
             for half, sin in (turned, turned[::-1]):
                 if _turned(half) is x and _fit(x, cos) and _fit(x, sin):
@@ -101,11 +102,14 @@ def _half(node: Any) -> tuple[fx.Node, int] | None:
     """What a node takes the first (0) or second (1) half of the last dimension of."""
     if not isinstance(node, fx.Node) or node.target is not aten.slice.Tensor:
         return None
-    x, dim, start, end, step = (*node.args, *(0, 0, None, None, 1)[len(node.args) :])
+    given = arguments(node)
+    x, start, end = node.args[0], given["start"] or 0, given["end"]
     width = _width(x)
-    if not isinstance(x, fx.Node) or width is None or step != 1 or dim not in (-1, _rank(x) - 1):
+    if not isinstance(x, fx.Node) or width is None or not isinstance(end, int | None):
         return None
-    bounds = start or 0, width if end is None else min(end, width)  # type: ignore[type-var,call-overload]
+    if given["step"] != 1 or given["dim"] not in (-1, _rank(x) - 1):
+        return None
+    bounds = start, width if end is None else min(end, width)
     places = {(0, width // 2): 0, (width // 2, width): 1}
     return (x, places[bounds]) if bounds in places else None
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from fxcompress.analysis.op_arguments import arguments
 from fxcompress.backends.cpu.planning import weight_of_linear
 
 __all__ = ["Joined", "Norm", "gate_of", "join_terms", "norm_of", "separate_outliers"]
@@ -163,13 +164,11 @@ def norm_of(x: fx.Node) -> Norm | None:
 
 
 def _layer_norm(node: fx.Node) -> Norm | None:
-    x, shape, weight, bias, eps, *_ = (*node.args, *(None, None, 1e-5, True)[len(node.args) - 2 :])
-    operands = all(isinstance(operand, fx.Node) for operand in (x, weight, bias))
-    if not operands or len(shape) != 1 or not isinstance(eps, float):  # type: ignore[arg-type]
+    given = arguments(node)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    if not isinstance(weight, fx.Node) or not isinstance(bias, fx.Node) or _dims(weight) != 1:
         return None
-    if not _same_type(x, node):  # type: ignore[arg-type]
-        return None
-    return Norm("layer-norm", x, (weight, bias), eps)  # type: ignore[arg-type]
+    return Norm("layer-norm", x, (weight, bias), float(given["eps"])) if _same_type(x, node) else None
 
 
 def _root_mean_square(product: fx.Node) -> tuple[fx.Node, float] | None:
