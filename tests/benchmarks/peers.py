@@ -242,7 +242,7 @@ def main() -> None:
                 try:
                     contenders[name] = TorchContender(name, make(), ids)
                 except Exception as error:  # a peer that cannot run is a result
-                    failures[name] = f"{type(error).__name__}: {error}"
+                    failures[name] = reason(error)
                     sys.stderr.write(f"{name}: {failures[name]}\n")
             try:
                 made = peers_onnx.build(model, tokenizer, Path(folder))
@@ -254,7 +254,7 @@ def main() -> None:
                     content.setdefault("perplexity", {})[name] = found
                     sys.stderr.write(f"{name}: {found}\n")
             except Exception as error:
-                failures["ONNX Runtime"] = f"{type(error).__name__}: {error}"
+                failures["ONNX Runtime"] = reason(error)
                 sys.stderr.write(f"ONNX Runtime: {failures['ONNX Runtime']}\n")
             source = source_file(model, tokenizer, Path(folder))
             for file in options.files:
@@ -269,6 +269,11 @@ def main() -> None:
             content["rates"] = measure(contenders, options.prefill, options.rounds)
         content["failures"] = failures
         write(f"peers-{kind}{options.suffix}", content)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error: those behind it may tell where things lie on this machine."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def peer_versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -25,8 +26,8 @@ def build(model: Any, tokenizer: Any | None, folder: Path) -> Path:
     """The folder of the model in 4 bits, int8 products (accuracy level 4), as generators read it."""
     source, made = folder / "checkpoint", folder / "genai"
     model.save_pretrained(source)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(source)
+    # The builder reads a tokenizer even where it is told to leave it out.
+    (tokenizer or _stand_in(model.config.vocab_size)).save_pretrained(source)
     options = ["int4_accuracy_level=4", f"int4_block_size={BLOCK}"]
     if tokenizer is None:
         options.append("exclude_tokenizer=true")
@@ -35,12 +36,22 @@ def build(model: Any, tokenizer: Any | None, folder: Path) -> Path:
     command += ["--extra_options", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
+        errors = [line for line in done.stderr.splitlines() if re.match(r"\w+(Error|Exception)\b", line)]
+        raise RuntimeError(errors[-1] if errors else f"the builder ended with code {done.returncode}")
     path = made / "genai_config.json"
     config = json.loads(path.read_text())
     config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = torch.get_num_threads()
     path.write_text(json.dumps(config))
     return made
+
+
+def _stand_in(size: int) -> Any:
+    """A tokenizer of a model that has none."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{index}": index for index in range(size)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
 
 
 class Genai:
