@@ -95,11 +95,14 @@ class RegionCompiler:
         inputs = self._with_sizes(block.inputs)
         siblings = self._siblings(block)
         place = {node: index for index, node in enumerate(block.nodes)}
-        key = repr((block.structure, len(inputs), [[place[node] for node in group] for group in siblings]))
+        # Codes that the graph brought along are none of the state: they are dequantized in the graph.
+        own = {node: index for index, node in enumerate(inputs) if node.name in self.applied.form_inputs}
+        groups = [[place[node] for node in group] for group in siblings]
+        key = repr((block.structure, len(inputs), list(own.values()), groups))
         symbols = _symbols(inputs)
         if key not in self.cache:
-            plan = make_plan(block.nodes, inputs, siblings, self._term, block.outputs, self.target.choose)
-            self.target.extend(plan, block.nodes, inputs)
+            plan = make_plan(block.nodes, own, siblings, self._term, block.outputs, self.target.choose)
+            self.target.extend(plan, block.nodes, own)
             self.cache[key] = self._compile(block, inputs, plan, symbols, mode)
         compiled = self.cache[key]
         self._explain(block, compiled)
@@ -128,7 +131,7 @@ class RegionCompiler:
                 self.choices[str(ref.owner)] = "dense factor: ATen"
         for node in block.nodes:
             product = sparse.weight_of(node)
-            if product is not None:
+            if product is not None and product in self.applied.dequantized:
                 self.choices[self.applied.dequantized[product]] = sparse.describe(node)
         for node in block.nodes:
             name = self.applied.dequantized.get(node)
@@ -149,7 +152,7 @@ class RegionCompiler:
         at: dict[TensorRef, fx.Node] = {}
         for node in block.nodes:
             weight = weight_of_linear(node)
-            if weight is not None:
+            if weight is not None and weight.args[0].name in self.applied.form_inputs:  # type: ignore[union-attr]
                 at.setdefault(self._term(weight.args[0]), node)
         groups = []
         for names in self.store.state.fused:

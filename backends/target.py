@@ -32,7 +32,7 @@ class CpuTarget:
     def prepare(self, graph: fx.Graph) -> None:
         """Nothing."""
 
-    def extend(self, plan: Plan, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> None:
+    def extend(self, plan: Plan, nodes: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> None:
         """Nothing: plans of other kinds of weights are made elsewhere."""
 
     def describe(self, weight: fx.Node) -> str | None:
@@ -69,11 +69,11 @@ class TritonTarget(CpuTarget):
 
         separate_outliers(graph)
 
-    def extend(self, plan: Plan, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> None:
+    def extend(self, plan: Plan, nodes: Sequence[fx.Node], position: Mapping[fx.Node, int]) -> None:
         """Plan 2:4 weights, and 8-bit floats with float activations."""
         from fxcompress.backends.triton.singles import plan_singles
 
-        plan_singles(plan, nodes, inputs, self.device)
+        plan_singles(plan, nodes, position, self.device)
 
     def describe(self, weight: fx.Node) -> str | None:
         """See :class:`CpuTarget`."""

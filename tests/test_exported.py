@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 import fxcompress
+from fxcompress.backends.cpu import cached_attention
 from fxcompress.errors import BackendError, BindingError, CaptureError, FxCompressError, RecipeError
 from tests.ops.graphs import decomposes_export
 from tests.zoo import entry
@@ -242,6 +243,30 @@ def test_caches_of_ones_own(write: Write, functional: bool) -> None:
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6 if functional else 0)
     assert "keys_packed" in dict(packed.named_buffers())
     assert "keys" not in dict(packed.named_buffers())
+
+
+def test_compiled_attention_reads_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are packed already lie in the graph, and stay what they are there."""
+    fused: list[Any] = []
+    original = cached_attention.Fused.run
+
+    def noted(self: Any, node: Any, value_of: Any) -> Tensor:
+        fused.append(node)
+        return original(self, node, value_of)
+
+    monkeypatch.setattr(cached_attention.Fused, "run", noted)
+    program, ids = exported("llama")
+    packed = fxcompress.compress_exported(
+        program, [{"quantize-weights": {"bits": 8}}, {"quantize-kv-cache": {"bits": 8}}]
+    )
+    compiled = torch.compile(packed.module(), backend="fxcompress", options={"recipe": None})
+    with torch.no_grad():
+        found = [
+            compiled(input_ids=ids[:, a:b], cache_position=torch.arange(a, b)) for a, b in ((0, 7), (7, 20))
+        ]
+    assert fused
+    expected = run(packed, ids, ((0, 7), (7, 20)))
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-5)
 
 
 def _rolling(module: Any, position: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ class Plan:
 
 def make_plan(
     nodes: Sequence[fx.Node],
-    inputs: Sequence[fx.Node],
+    position: Mapping[fx.Node, int],
     siblings: Sequence[Sequence[fx.Node]],
     term: Callable[[fx.Node], object],
     outputs: Sequence[fx.Node],
@@ -94,7 +94,7 @@ def make_plan(
 
     Args:
         nodes: The block's nodes.
-        inputs: The block's inputs, in order.
+        position: Inputs of the block that hold codes of the state's forms → their place among all.
         siblings: Groups of linears that share one product.
         term: Which weight the codes that an input takes belong to, for messages.
         outputs: What is read of the block elsewhere.
@@ -102,7 +102,6 @@ def make_plan(
             experts are left to the graph. Default: the CPU's kernels.
     """
     plan = Plan()
-    position = {node: index for index, node in enumerate(inputs)}
     leader = {node: group[0] for group in siblings for node in group}
     wanted: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:

@@ -50,9 +50,10 @@ def small_float_form(node: fx.Node, device: Device) -> BytesForm | None:
     return BytesForm(KINDS[q.dtype], False, rows, block_columns, 0, dtype, False, not device.small_floats)
 
 
-def plan_singles(plan: Plan, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], device: Device) -> None:
-    """Add the plans of a block's products with such weights."""
-    position = {node: index for index, node in enumerate(inputs)}
+def plan_singles(
+    plan: Plan, nodes: Sequence[fx.Node], position: Mapping[fx.Node, int], device: Device
+) -> None:
+    """Add the plans of a block's products with such weights; see ``make_plan`` for ``position``."""
     if not device.serves:
         return
     for node in nodes:
