@@ -152,8 +152,9 @@ class RegionCompiler:
         at: dict[TensorRef, fx.Node] = {}
         for node in block.nodes:
             weight = weight_of_linear(node)
-            if weight is not None and weight.args[0].name in self.applied.form_inputs:  # type: ignore[union-attr]
-                at.setdefault(self._term(weight.args[0]), node)
+            source = weight.args[0] if weight is not None else None
+            if isinstance(source, fx.Node) and source.name in self.applied.form_inputs:
+                at.setdefault(self._term(source), node)
         groups = []
         for names in self.store.state.fused:
             for path in [ref.path for ref in at if ref.name == names[0]]:
