@@ -137,9 +137,14 @@ def run_quantize(
     if form.source.endswith("norm"):
         sizes.append(eps)
     if rows.shape[0]:
+        written = q if form.codes == "int8" else q.view(torch.uint8)
         block = 1 << (columns - 1).bit_length()
         launch(
-            form, (rows.shape[0],), [rows, *tensors, q, scale, *sizes], {"BLOCK": block}, _row_config(block)
+            form,
+            (rows.shape[0],),
+            [rows, *tensors, written, scale, *sizes],
+            {"BLOCK": block},
+            _row_config(block),
         )
     return q, scale
 

@@ -72,9 +72,19 @@ class QuantizeForm:
         return 2.0**-6 if self.codes == "e4m3" else 2.0**-14
 
     @property
+    def rebias(self) -> int:
+        """What the exponent and mantissa of a float32, read as an integer, exceed a code's by."""
+        return (120 if self.codes == "e4m3" else 112) << (23 - self.dropped_bits)
+
+    @property
+    def per_unit(self) -> float:
+        """One over the smallest code."""
+        return 2.0**9 if self.codes == "e4m3" else 2.0**16
+
+    @property
     def shift(self) -> float:
         """Adding and taking it away rounds to that spacing: 1.5 · 2**23 times the smallest code."""
-        return 1.5 * 2.0**23 * (2.0**-9 if self.codes == "e4m3" else 2.0**-16)
+        return 1.5 * 2.0**23 / self.per_unit
 
     def arguments(self) -> list[Argument]:
         """See :class:`~fxcompress.backends.triton.generator.AnyForm`."""
@@ -86,7 +96,10 @@ class QuantizeForm:
             found.append(Argument("weight_ptr", value, "[K]"))
         if self.source == "layer-norm":
             found.append(Argument("bias_ptr", value, "[K]"))
-        found += [Argument("q_ptr", CODES[self.codes], "[M, K]"), Argument("scale_ptr", "*fp32", "[M]")]
+        found += [
+            Argument("q_ptr", "*i8" if self.codes == "int8" else "*u8", "[M, K]"),
+            Argument("scale_ptr", "*fp32", "[M]"),
+        ]
         found += [Argument("K", "i32", ""), Argument("x_stride", "i32", "elements between two rows")]
         found += [Argument("up_stride", "i32", "")] if self.source == "gate" else []
         found += [Argument("eps", "fp32", "")] if self.source.endswith("norm") else []

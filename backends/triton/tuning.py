@@ -27,6 +27,8 @@ logger = logging.getLogger("fxcompress.backends")
 TUNE_VARIABLE = "FXCOMPRESS_TRITON_TUNE"
 MOST_MEASURED = 12
 """Configurations that are measured: the first by the model."""
+SHIPPED = Path(__file__).parent / "tuned"
+"""Files of choices that come with the package: what ``tests/benchmarks/gpu.py --tune --write`` adds."""
 
 
 def current_device(tensor_device: torch.device) -> Device:
@@ -37,27 +39,30 @@ def current_device(tensor_device: torch.device) -> Device:
 
 
 class Choices:
-    """Measured choices of one device, kept in a file.
+    """Measured choices of one device, kept in a file; those that came with the package where it has none.
 
     Args:
         device: The device.
         folder: Default: beside the generated sources.
+        shipped: Folder of the files that came with the package.
     """
 
-    def __init__(self, device: Device, folder: Path | None = None) -> None:
+    def __init__(self, device: Device, folder: Path | None = None, shipped: Path = SHIPPED) -> None:
         name = "".join(c if c.isalnum() else "-" for c in device.name)
         self.path = (folder or source_folder()) / f"tuned-{name}-{device.capability}.json"
-        self._known = self._read()
+        self._known = _read(self.path)
+        self._shipped = _read(shipped / self.path.name)
 
     def get(self, form: ProductForm, shape: Shape) -> Config | None:
         """The measured choice, or None."""
-        found = self._known.get(_key(form, shape))
+        key = _key(form, shape)
+        found = self._known.get(key) or self._shipped.get(key)
         return None if found is None else Config(**found["config"])
 
     def put(self, form: ProductForm, shape: Shape, config: Config, seconds: float) -> None:
         """Keep a choice; written aside and renamed, merged with what other processes kept meanwhile."""
         entry = {"config": config.to_dict(), "seconds": seconds}
-        self._known = {**self._read(), **self._known, _key(form, shape): entry}
+        self._known = {**_read(self.path), **self._known, _key(form, shape): entry}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, aside = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
@@ -67,12 +72,13 @@ class Choices:
         except OSError as error:
             logger.info("%s: measured choices are not kept (%s)", self.path, error)
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _key(form: ProductForm, shape: Shape) -> str:

@@ -102,7 +102,7 @@ VARIANTS = (
     # Rows.
     Variant(QuantizeForm("rms-norm", "int8", 8, "bfloat16"), {"BLOCK": 4096}, BOTH, "", 8, 1),
     Variant(QuantizeForm("layer-norm", "e5m2", 8, "float16"), {"BLOCK": 4096}, (90,), "", 8, 1),
-    Variant(QuantizeForm("gate", "e4m3", 8, "bfloat16"), {"BLOCK": 4096}, (90,), "", 8, 1),
+    Variant(QuantizeForm("gate", "e4m3", 8, "bfloat16"), {"BLOCK": 4096}, BOTH, "", 8, 1),
     Variant(HadamardForm(128, "bfloat16"), {"BLOCK": 32}, (80,), "", 4, 1),
     # Caches.
     Variant(

@@ -174,6 +174,11 @@ def test_measured_choices_are_kept_and_damaged_files_are_ignored(tmp_path: Path)
     choices.put(W4, shape, config, 1e-5)
     assert Choices(H100, tmp_path).get(W4, shape) == config
     assert Choices(A100, tmp_path).get(W4, shape) is None
+    fresh = Choices(H100, tmp_path / "none", shipped=tmp_path)  # a file that came with the package
+    assert fresh.get(W4, shape) == config
+    fresh.put(W4, shape, other := Config(16, 32, 128, 2, 4, 3), 9e-6)
+    assert fresh.get(W4, shape) == other
+    assert json.loads(fresh.path.read_text()).keys() == json.loads(choices.path.read_text()).keys()
     choices.path.write_text("{", encoding="utf-8")
     assert Choices(H100, tmp_path).get(W4, shape) is None
 

@@ -49,6 +49,14 @@ def check_quantizers(m: int, k: int, dtype: str, bits: int, codes: str) -> None:
         found = torch.ops.fxcompress.quantize_float_per_token(value, FLOAT_DTYPES[codes])
         return found
 
+    if codes != "int8":  # every code there is, and what lies halfway between two
+        every = torch.arange(256, dtype=torch.uint8).view(FLOAT_DTYPES[codes]).float()
+        every = every[every.isfinite()].sort().values
+        every = torch.cat([every, (every[1:] + every[:-1]) / 2])[None].to(DEVICE)
+        q, scale = run_quantize(QuantizeForm("plain", codes, bits, "float32"), every)
+        want, _ = expected(every)
+        assert scale.item() == 1
+        assert torch.equal(q.view(torch.uint8), want.view(torch.uint8))
     q, scale = run_quantize(QuantizeForm("plain", codes, bits, dtype), x)
     want, want_scale = expected(x)
     assert torch.equal(scale, want_scale) or torch.equal(scale.isnan(), want_scale.isnan())

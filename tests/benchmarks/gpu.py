@@ -139,19 +139,28 @@ def environment(device: Any) -> dict[str, str]:
     }
 
 
+def keep_choices(device: Any) -> None:
+    """Put what was measured on this device among the choices that come with the package."""
+    from fxcompress.backends.triton import tuning
+
+    measured = tuning.Choices(tuning.current_device(device)).path
+    tuning.SHIPPED.mkdir(exist_ok=True)
+    (tuning.SHIPPED / measured.name).write_bytes(measured.read_bytes())
+
+
 def compile_everything() -> None:
     """Every variant of the tests, for both architectures."""
+    from fxcompress.backends.triton.bytes_form import BytesForm
     from fxcompress.backends.triton.compilation import compile_kernel
     from tests.backends.test_triton_compiled import VARIANTS, name
 
     say = sys.stdout.write
     for variant in VARIANTS:
-        native = getattr(variant.form, "codes", "int8") != "int8" and not getattr(
-            variant.form, "emulated", True
-        )
+        form = variant.form
+        native = isinstance(form, BytesForm) and form.codes != "int8" and not form.emulated
         for capability in (90,) if native else (80, 90):
             found = compile_kernel(
-                variant.form, variant.constants, capability, warps=variant.warps, stages=variant.stages
+                form, variant.constants, capability, warps=variant.warps, stages=variant.stages
             )
             say(
                 f"sm_{capability} {name(variant)}: {found.registers} registers, {found.stack} bytes of stack,"
@@ -164,7 +173,9 @@ def main() -> None:
     parser.add_argument("--interpret", action="store_true", help="tiny sizes, in Triton's interpreter")
     parser.add_argument("--compile", action="store_true", help="only compile every variant")
     parser.add_argument(
-        "--tune", action="store_true", help="measure configurations first, and keep the fastest"
+        "--tune",
+        action="store_true",
+        help="measure configurations first, and keep the fastest; with --write, for the package",
     )
     parser.add_argument("--seconds", type=float, default=520, help="for everything")
     parser.add_argument("--write", action="store_true", help="keep the result under tests/benchmarks/results")
@@ -204,6 +215,8 @@ def main() -> None:
             RESULTS
             / f"gpu-{''.join(c if c.isalnum() else '-' for c in content['environment']['device'])}.json"
         )
+    if options.write and options.tune and not tiny:
+        keep_choices(device)
     if target is not None:
         target.write_text(text + "\n", encoding="utf-8")
     sys.stdout.write(text + "\n")
