@@ -131,7 +131,11 @@ def measure(
             sys.stderr.write(f"{student}, {objective}: step {event.done}: {curve[-1][1]:.2f}\n")
 
     settings = TrainingOptions(
-        steps=options.steps, batch_size=options.batch, learning_rate=spec["rate"], seed=options.seed
+        steps=options.steps,
+        batch_size=options.batch,
+        learning_rate=spec["rate"],
+        precision=options.precision,
+        seed=options.seed,
     )
     result = train(graph, teacher, data, objective_from(OBJECTIVES[objective]), settings, progress=look)
     return {
@@ -154,6 +158,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequences", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--name", default="distillation")
     options = parser.parse_args()
@@ -162,6 +167,7 @@ def main() -> None:
     path = RESULTS / f"{options.name}.json"
     protocol = (
         f"{options.steps} steps of {options.batch} × {options.length} tokens,"
+        f"{' products in bfloat16,' if options.precision == 'bf16' else ''}"
         f" {options.windows} held-out windows of 512 tokens"
     )
     content = json.loads(path.read_text()) if path.exists() else {}
