@@ -33,6 +33,7 @@ from fxcompress.training.saving import (
     trained_tensors,
 )
 from fxcompress.training.scores import TeacherScores, vocabulary_mismatch
+from fxcompress.training.sharding import check_sharding, gathered, number_of, restore_whole
 from fxcompress.training.teacher import TeacherCache
 from fxcompress.training.views import is_causal, view
 
@@ -93,6 +94,7 @@ class _Run:
         self.data, self.evaluation, self.options, self.longest = data, evaluation, options, longest
         self.student, self.teacher = student, teacher
         self.accelerator = make_accelerator(options, device_of(student))
+        check_sharding(self.accelerator)
         self.device: torch.device = self.accelerator.device
         student.to(self.device)
         if teacher is not None:
@@ -184,6 +186,7 @@ class _Run:
             set_tensors(model, self.best)
         else:
             self.result.best = self.result.steps
+        restore_whole(model)
         return self.result
 
     def _prepare_objective(self, reporter: Reporter) -> None:
@@ -205,7 +208,8 @@ class _Run:
         """One optimiser step; the mean loss of its tokens."""
         for group in optimizer.param_groups:
             group["lr"] = self.options.rate(step)
-        batches = [self._drawn(rows, step) for rows in self._rows(step)]
+        with gathered(model):
+            batches = [self._drawn(rows, step) for rows in self._rows(step)]
         count = self._total(sum(self.learner.count(batch, self.example) for batch in batches))
         if not count:
             raise TrainingError(
@@ -234,7 +238,7 @@ class _Run:
     def _clip(self, model: Any) -> float:
         limit = self.options.clip_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(model.parameters(), limit)
-        return float(norm) if norm is not None else 0.0
+        return number_of(norm) if norm is not None else 0.0
 
     def _check_finite(self, value: float, step: int, what: str) -> None:
         if math.isfinite(value):
@@ -295,7 +299,7 @@ class _Run:
         )
         for start in range(0, len(rows), size):
             batch = self.evaluation.batch(rows[start : start + size], self.device)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), gathered(model):
                 teacher, known = self._ask(batch, cached=False)
                 total += float(whole(batch, teacher, known, True))
             count += self.learner.count(batch, self.example)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,13 +169,41 @@ def report(checkpoint: str) -> list[Any]:
     return [result.losses, result.held_out, total]
 
 
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+def shard(accelerator: Any, learner: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """What Accelerate does for FSDP2, which it offers on devices only."""
+    from torch.distributed.fsdp import fully_shard
+
+    names = {parameter: name for name, parameter in learner.named_parameters()}
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    model = fully_shard(learner)
+    shards = dict(model.named_parameters())
+    assert all(hasattr(value, "full_tensor") for value in shards.values())
+    return model, torch.optim.AdamW([{**g, "params": [shards[n] for n in g["params"]]} for g in groups])
+
+
+def report_sharded(checkpoint: str) -> list[Any]:
+    """As :func:`report`, with sharded parameters, and once more from the last snapshot but one."""
+    import accelerate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate.Accelerator, "prepare", shard)
+        first = report(checkpoint)
+        torch.distributed.barrier()
+        if os.environ["RANK"] == "0":
+            shutil.rmtree(sorted(Path(checkpoint).glob("step-*"))[-1])
+        torch.distributed.barrier()
+        assert report(checkpoint) == first
+    return first
+
+
+@pytest.mark.parametrize("function", ["report", "report_sharded"])
+def test_two_processes_learn_what_one_learns(tmp_path: Path, function: str) -> None:
     script = tmp_path / "work.py"
     script.write_text(
         "import json, os, sys, torch\n"
         "torch.set_num_threads(1)\n"
-        "from tests.training.test_loop import report\n"
-        "found = report(sys.argv[1])\n"
+        f"from tests.training.test_loop import {function}\n"
+        f"found = {function}(sys.argv[1])\n"
         "open(f'{sys.argv[1]}/out-{os.environ[\"RANK\"]}', 'w').write(json.dumps(found))\n",
         encoding="utf-8",
     )
