@@ -1,4 +1,4 @@
-"""Parameters that Accelerate spread over processes (FSDP2): whole while the student is asked, and at the end."""
+"""Parameters spread over processes by Accelerate (FSDP2): whole while the student is asked and in the end."""
 
 from __future__ import annotations
 
