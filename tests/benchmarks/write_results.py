@@ -104,7 +104,7 @@ def low_rank(content: dict[str, Any]) -> list[str]:
         "Share of the numbers removed from the linear layers (embedding and head are left alone); sizes are",
         "those of the whole model. Residuals are factors of 8 bits beside 4-, 3- or 2-bit codes. A tenth",
         "fewer numbers of a square matrix are 55 % fewer singular values: without regard for the activations",
-        "every matrix is then a third off, which a small model whose matrices have full rank does not survive.",
+        "every matrix is a third off then, which a small model whose matrices have full rank cannot survive.",
         "",
         *tables("low-rank", content),
     ]
