@@ -201,6 +201,10 @@ def low_rank_cases() -> dict[str, Case]:
         for name, (method, source) in methods.items():
             ((key, options),) = method.items()
             found[f"-{reduction} %, {name}"] = ([{key: {"keep": 1 - reduction / 100, **options}}], source)
+    both = {"svd-llm": {"keep": 0.8, "budget": "global"}}
+    found["-20 %, SVD-LLM, ranks by allocation, on both texts"] = ([both], "both")
+    shrunk = {"svd-llm": {"keep": 0.8, "budget": "global", "shrinkage": 0.1}}
+    found["-20 %, SVD-LLM, ranks by allocation, on both texts, shrunk"] = ([shrunk], "both")
     split = {"svd-llm": {"keep": 0.8}}
     found["-20 %, SVD-LLM, then 8 bits"] = ([split, *rtn(8, 0)], DOCUMENTATION)
     found["-20 %, SVD-LLM, then 4 bits, gptq"] = (gptq(64, split), DOCUMENTATION)
