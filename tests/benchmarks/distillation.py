@@ -3,7 +3,7 @@
 Run: python -m tests.benchmarks.distillation [--students 3-bit …] [--objectives ce kd …] [--steps 60]
 
 Every student is trained on documentation, for equally many steps on equal data from equal seeds, and judged
-by its perplexity on documentation it has not seen. Rows are added to ``results/distillation.json`` as they
+by its perplexity on documentation it has not seen, and on news, a kind of text it is not trained on. Rows are added to ``results/distillation.json`` as they
 come; rows measured already are kept unless ``--again`` is given.
 """
 
@@ -112,7 +112,8 @@ def measure(
     spec, plan = STUDENTS[student], Plan(small.program)
     graph = TrainingGraph(plan, small.state, spec["what"])
     teacher = TrainingGraph(Plan(program), CompressionState(program.weights), None)
-    windows = held_out(tokenizer, options.windows)["documentation"]
+    texts = held_out(tokenizer, options.windows)
+    windows = texts["documentation"]
     rows = calibration_windows(tokenizer, options.sequences)
     cut = rows.unfold(1, options.length, options.length).flatten(0, 1)  # shorter sequences, all different
     data = as_training(
@@ -121,6 +122,7 @@ def measure(
     started = time.perf_counter()
     looked = 0.0
     curve = [[0, perplexity(graph, windows)]]
+    news = [perplexity(graph, texts["news"])]
 
     def look(event: ProgressEvent) -> None:
         nonlocal looked
@@ -138,11 +140,13 @@ def measure(
         seed=options.seed,
     )
     result = train(graph, teacher, data, objective_from(OBJECTIVES[objective]), settings, progress=look)
+    seconds = round(time.perf_counter() - started - looked)
     return {
         "curve": curve,
+        "news": [*news, perplexity(graph, texts["news"])],
         "tokens": result.tokens,
         "trained": sum(p.numel() for p in graph.parameters() if p.requires_grad),
-        "seconds": round(time.perf_counter() - started - looked),
+        "seconds": seconds,
     }
 
 
@@ -176,7 +180,8 @@ def main() -> None:
     content["environment"] = environment(["-m", "tests.benchmarks.distillation"])
     if "fp32" not in content:
         original = TrainingGraph(Plan(program), CompressionState(program.weights), None)
-        content["fp32"] = perplexity(original, held_out(tokenizer, options.windows)["documentation"])
+        texts = held_out(tokenizer, options.windows)
+        content["fp32"] = {name: perplexity(original, windows) for name, windows in texts.items()}
     for student in options.students:
         rows = content.setdefault("students", {}).setdefault(student, {})
         wanted = [name for name in options.objectives if options.again or name not in rows]
