@@ -3,8 +3,9 @@
 Run: python -m tests.benchmarks.distillation [--students 3-bit …] [--objectives ce kd …] [--steps 60]
 
 Every student is trained on documentation, for equally many steps on equal data from equal seeds, and judged
-by its perplexity on documentation it has not seen, and on news, a kind of text it is not trained on. Rows are added to ``results/distillation.json`` as they
-come; rows measured already are kept unless ``--again`` is given.
+by its perplexity on documentation it has not seen, and on news, a kind of text it is not trained on. Rows
+are added to ``results/distillation.json`` as they come; rows measured already are kept unless ``--again`` is
+given.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ def distillation(content: dict[str, Any]) -> list[str]:
     lines = [
         *head("Training", content),
         "Perplexity before and after training on documentation, by objective, on documentation that was held",
-        "out and on news, a kind of text that was not trained on. *Recovered* is the share of the loss in log",
-        f"perplexity that training gave back, against float32 ({base['documentation']:.2f} and",
+        "out and on news, a kind of text that was not trained on. *Recovered* is the share of the loss in",
+        f"log perplexity that training gave back, against float32 ({base['documentation']:.2f} and",
         f"{base['news']:.2f}). Every row of a student sees the same data in the same order. *ce* is plain",
         "fine-tuning without a teacher: it learns this kind of text besides, and can give back more than was",
         "lost there. Budgets are minutes of one core, not the thousands of steps of published results.",
