@@ -190,6 +190,7 @@ class CompressedModel:
         calibration: Sequence[Any] = (),
         overwrite: bool = False,
         attention: str = "fused",
+        accuracy_level: int | None = None,
     ) -> Any:
         """Write an ONNX file that computes what this model computes, and check it in ONNX Runtime.
 
@@ -209,6 +210,9 @@ class CompressedModel:
             attention: With ``cache``: ``"fused"`` (default) or ``"plain"`` operators. ONNX Runtime's fused
                 operator continues prompts of one sequence at a time; whole prompts and single tokens come in
                 batches of any size.
+            accuracy_level: Of ``MatMulNBits``: 4 rounds activations to int8 in blocks, which is fast; 1 keeps
+                them in float; None (default) takes 4 where the mean KL divergence that it causes is at most
+                0.005 nats.
 
         Returns:
             A report: errors against the reference on every set of inputs, size, kernels that ran.
@@ -232,6 +236,7 @@ class CompressedModel:
             calibration=calibration,
             overwrite=overwrite,
             attention=attention,
+            accuracy_level=accuracy_level,
         )
 
 

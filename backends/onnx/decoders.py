@@ -117,13 +117,18 @@ class CachedDecoder:
         return cls(program, flat, signature, tuple(shapes))
 
     def trials(
-        self, run: Callable[[list[Any]], Sequence[Tensor]], *, one_by_one: bool
+        self,
+        run: Callable[[list[Any]], Sequence[Tensor]],
+        *,
+        one_by_one: bool,
+        prompts: Sequence[Tensor] = (),
     ) -> list[tuple[str, list[Any]]]:
         """Calls of the kinds that a generator makes, padding included; caches hold what the model wrote.
 
         Args:
             run: The reference: flat inputs to outputs.
             one_by_one: Prompts that continue others come one sequence at a time.
+            prompts: Further token ids ``[B, T]`` to read from the beginning.
         """
         ids, rows = self.example[0], 1 if one_by_one else self.example[0].shape[0]
         last = ids.shape[1] - 1
@@ -133,6 +138,7 @@ class CachedDecoder:
             ("decode step", ids[:, : min(8, last + 1)], min(7, last), 0),
             ("padded decode step", ids[:, : min(8, last + 1)], min(7, last), min(2, last - 1)),
         ]
+        calls += [(f"calibration inputs {index}", ids, 0, 0) for index, ids in enumerate(prompts)]
         return [(name, self._call(run, *call)) for name, *call in calls]
 
     def _call(

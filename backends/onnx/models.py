@@ -54,7 +54,7 @@ def export_model(
     example = _with_mask(module, default_example(module)) if example_inputs is None else example_inputs
     with uncompiled(entry_points(module)), ungrouped_experts(module):
         if cache:
-            return _export_decoder(model, Path(path), example, chosen)
+            return _export_decoder(model, Path(path), example, calibration, chosen)
         args, kwargs = call_arguments(module, example)
         program = capture_model(module, args, kwargs)
     further = [
@@ -73,11 +73,18 @@ def export_model(
     )
 
 
-def _export_decoder(model: CompressedModel, path: Path, example: Any, options: Options) -> OnnxReport:
-    module: Any = model.model
+def _ids(example: Any, what: str) -> Tensor:
     ids = example.get("input_ids") if isinstance(example, Mapping) else None
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise BackendError("cache=True needs example inputs with input_ids [batch, tokens].")
+        raise BackendError(f"cache=True needs {what} with input_ids [batch, tokens].")
+    return ids
+
+
+def _export_decoder(
+    model: CompressedModel, path: Path, example: Any, calibration: Sequence[Any], options: Options
+) -> OnnxReport:
+    module: Any = model.model
+    ids, prompts = _ids(example, "example inputs"), [_ids(item, "calibration inputs") for item in calibration]
     if ids.shape[0] == 1:
         ids = torch.cat([ids, ids])
     state = state_of(model)
@@ -92,6 +99,7 @@ def _export_decoder(model: CompressedModel, path: Path, example: Any, options: O
         trials=decoder.trials(
             lambda flat: run_applied(reference, state, flat),
             one_by_one=options.attention == "fused" and options.target != "portable",
+            prompts=prompts,
         ),
         signature=decoder.signature,
         options=options,

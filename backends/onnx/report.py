@@ -21,6 +21,7 @@ class Parity:
         relative: ‖difference‖ / ‖reference‖, the largest over all outputs.
         kl: Mean KL(reference ‖ ONNX Runtime) per position in nats, for outputs called ``logits``; else None.
         top1: Share of positions with the same most likely token; None without logits.
+        positions: How many of them there are; 1 without logits.
     """
 
     inputs: str
@@ -28,6 +29,7 @@ class Parity:
     relative: float
     kl: float | None
     top1: float | None
+    positions: int = 1
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 from onnx.defs import OpSchema
 from onnxscript import FLOAT, INT8, INT32, INT64, UINT8, values
 from onnxscript.onnx_opset import opset21
@@ -172,8 +174,16 @@ def _gather_nbits(
     return rows  # type: ignore[no-any-return]
 
 
+def _scalar(number: int, dtype: type[np.generic]) -> Any:
+    return onnx.Constant(value=ir.tensor(np.array(number, dtype)))
+
+
 def _matmul_integer(a: INT8, b: INT8, zero: INT8 | None) -> INT32:
-    return onnx.MatMulInteger(a, b, None, zero)  # type: ignore[no-any-return]
+    # Codes counted from 0: for two signed operands ONNX Runtime has no vectorised kernel on x86 (measured:
+    # 20 to 45 times slower). Siblings repeat these nodes; eliminating common subexpressions joins them.
+    counted = onnx.Add(onnx.Cast(a, to=ir.DataType.INT32), _scalar(128, np.int32))
+    unsigned = onnx.Cast(counted, to=ir.DataType.UINT8)
+    return onnx.MatMulInteger(unsigned, b, _scalar(128, np.uint8), zero)  # type: ignore[no-any-return]
 
 
 def _quantize_linear(x: FLOAT, scale: FLOAT, zero: UINT8, axis: int) -> UINT8:

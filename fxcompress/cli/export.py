@@ -27,6 +27,9 @@ def export(
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     attention: Annotated[str, typer.Option(help="With --cache: fused, or plain operators.")] = "fused",
+    accuracy_level: Annotated[
+        int | None, typer.Option(help="Of MatMulNBits: 4 (fast), 1 (exact). Default: as measured.")
+    ] = None,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -47,6 +50,7 @@ def export(
         external_data=choices[external_data],
         overwrite=overwrite,
         attention=attention,
+        accuracy_level=accuracy_level,
     )
     if json_output:
         emit(report.to_dict(), True)

@@ -240,6 +240,38 @@ def test_accuracy_level_falls_back_where_int8_blocks_are_too_coarse(
     report = small.export_onnx(tmp_path / "b.onnx", example_inputs=ROWS)
     assert report.accuracy_level == 1
     assert max(p.relative for p in report.parity) < 1e-5
+    report = small.export_onnx(tmp_path / "c.onnx", example_inputs=ROWS, accuracy_level=4)
+    assert report.accuracy_level == 4  # asked for: held to wider limits
+    monkeypatch.setattr(parity, "ASKED", (1e-4, 1e-4))
+    with pytest.raises(BackendError, match="differ on"):
+        small.export_onnx(tmp_path / "d.onnx", example_inputs=ROWS, accuracy_level=4)
+    report = small.export_onnx(tmp_path / "d.onnx", example_inputs=ROWS, accuracy_level=1)
+    assert max(p.relative for p in report.parity) < 1e-5
+
+
+def test_slow_kernels_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = compressed(Perceptron().eval(), weights(bits=8, group_size=32), ROWS)
+    small.export_onnx(tmp_path / "a.onnx", example_inputs=ROWS)
+    assert "accuracy_level=4" not in caplog.text
+    monkeypatch.setattr(parity, "ROUNDED", (1e-4, 1e-4))
+    small.export_onnx(tmp_path / "b.onnx", example_inputs=ROWS)
+    assert "with accuracy_level=4 single tokens are many times faster" in caplog.text
+
+
+def test_divergence_is_judged_by_its_mean_over_positions() -> None:
+    def found(kl: float | None, positions: int, relative: float = 0.0) -> parity.Parity:
+        return parity.Parity("x", 0.0, relative, kl, None, positions)
+
+    limits = (0.05, 0.005)
+    long, few = found(0.004, 100), found(0.018, 2)
+    assert parity.outside([long, few], [limits] * 2) is None  # 0.0043 on average
+    assert parity.outside([long, found(0.021, 2)], [limits] * 2) == 1  # alone too far
+    assert parity.outside([found(0.0051, 100), few], [limits] * 2) == 1
+    assert parity.outside([found(0.0051, 100), found(0.001, 2)], [limits] * 2) == 0
+    assert parity.outside([found(None, 1, 0.04), found(None, 1, 0.06)], [limits] * 2) == 1
+    assert parity.outside([found(None, 1, 0.04)], [limits]) is None
 
 
 @pytest.mark.parametrize(
@@ -249,6 +281,8 @@ def test_accuracy_level_falls_back_where_int8_blocks_are_too_coarse(
         ({"target": "tensorrt"}, BackendError, "target 'tensorrt'"),
         ({"external_data": "maybe"}, BackendError, "external_data='maybe'"),
         ({"cache": True}, BackendError, "input_ids"),
+        ({"accuracy_level": 2}, BackendError, "accuracy_level=2, expected 4, 1 or None"),
+        ({"accuracy_level": 1, "target": "portable"}, BackendError, "in portable files"),
     ],
 )
 def test_bad_options(
@@ -305,3 +339,12 @@ def test_half_precision_weights_export_and_bfloat16_is_refused(tmp_path: Path) -
     small = compressed(Perceptron().eval().bfloat16(), "w8a16", ROWS.bfloat16())
     with pytest.raises(BackendError, match=r"bfloat16.*float32"):
         small.export_onnx(tmp_path / "m.onnx", example_inputs=ROWS.bfloat16())
+
+
+def test_integer_products_take_codes_counted_from_zero(tmp_path: Path) -> None:
+    compressed(Perceptron().eval(), "w8a8", ROWS).export_onnx(tmp_path / "m.onnx", example_inputs=ROWS)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "m.onnx")).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert products
+    assert {types[node.input[0]] for node in products} == {onnx.TensorProto.UINT8}

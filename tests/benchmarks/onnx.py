@@ -155,6 +155,8 @@ DECODERS: dict[str, Any] = {
         {"quantize-weights": {"bits": 8, "group_size": 32, "only_remaining": True}},
     ],
 }
+FAST = ("w4a16-gptq", "svd-llm -20 %, 8 bits")
+"""Those that are exported once more with ``accuracy_level=4``."""
 STEPS, PROMPT, GREEDY = 63, 128, 32
 BUILDER = "onnxruntime-genai builder, int4"
 
@@ -229,20 +231,24 @@ def decoders(model: Any, tokenizer: Any, data: Any, folder: Path, rounds: int) -
         BUILDER: {"perplexity": peers_onnx.perplexity(built, model, windows)}
     }
     example = {"input_ids": windows[:2, :32], "attention_mask": torch.ones(2, 32).long()}
+    prompts = [{"input_ids": item["input_ids"][:, :256]} for item in data[:4]]
     for label, recipe in DECODERS.items():
-        name = f"ours {label}"
-        folders[name] = folder / label
-        folders[name].mkdir()
-        path = folders[name] / "model.onnx"
-        if recipe is None:
-            report, small = float_decoder(model, tokenizer, windows[:2, :32], path), model
-        else:
-            small = fxcompress.compress(
-                model, recipe, data, tokenizer=tokenizer, progress=False, verify="off"
-            )
-            report = small.export_onnx(path, cache=True, example_inputs=example)
-        rows[name] = decoder_row(small, report, windows, folders[name])
-        sys.stderr.write(f"{name}: {rows[name]}\n")
+        small = model
+        if recipe is not None:
+            given: dict[str, Any] = {"tokenizer": tokenizer, "progress": False, "verify": "off"}
+            small = fxcompress.compress(model, recipe, data, **given)
+        for level in (None, 4) if label in FAST else (None,):
+            name = f"ours {label}" + ("" if level is None else f", accuracy_level={level}")
+            folders[name] = folder / name
+            folders[name].mkdir()
+            path = folders[name] / "model.onnx"
+            if recipe is None:
+                report = float_decoder(model, tokenizer, windows[:2, :32], path)
+            else:
+                options: dict[str, Any] = {"example_inputs": example, "calibration": prompts}
+                report = small.export_onnx(path, cache=True, accuracy_level=level, **options)
+            rows[name] = decoder_row(small, report, windows, folders[name])
+            sys.stderr.write(f"{name}: {report.accuracy_levels} {rows[name]}\n")
     ids = windows[:1, :512]
     running = {name: peers_onnx.Genai(path, ids, PROMPT, STEPS) for name, path in folders.items()}
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
