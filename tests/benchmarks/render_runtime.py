@@ -15,7 +15,7 @@ def caches(content: dict[str, Any]) -> list[str]:
         "Perplexity with the cache in use: texts are read in chunks of 64 tokens, each of which sees the",
         "earlier ones as the cache keeps them. Bytes are of the allocated cache for 8192 tokens, overheads",
         "included, as a share of float16. In brackets the change against the cache as it is. This model has",
-        "three heads of 64 channels for keys: 2 bits cost it more than models with wider caches, most of it in",
+        "three heads of 64 channels for keys: 2 bits cost it more than models with wider caches, mostly in",
         "the keys. WKVQuant and KVQuant are calibrated on windows of 512 tokens; what they learn of rotated",
         "keys (all of WKVQuant's; KVQuant's *after rotation*) does not hold at positions they have not seen.",
         "",
