@@ -132,7 +132,8 @@ def _kernel(update: fx.Node, isa: Isa) -> _Kernel | None:
 def form_of(update: fx.Node) -> CacheForm:
     """The form of the cache that ``update`` changes, without the content of its tensors."""
     given = [node.meta["val"] for node in cast("Sequence[fx.Node]", update.args[4])]
-    empty = [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in given]
+    # Dynamo makes sizes symbolic that another model's tables did not have; a kernel is for these ones.
+    empty = [torch.empty([int(n) for n in t.shape], dtype=t.dtype, device="meta") for t in given]
     return from_text(str(update.args[5]), empty)
 
 

@@ -268,3 +268,16 @@ def test_compiled_steps_use_the_kernel(name: str, monkeypatch: pytest.MonkeyPatc
     assert not any(fused)
     small.set_backend("eager")
     assert torch.equal(found, small.generate(**options))
+
+
+@pytest.mark.slow
+def test_tables_of_several_sizes_compile_in_one_process() -> None:
+    model, batches = entry("phi3").build(), [entry("phi3").inputs(2, 24, seed=seed) for seed in range(2)]
+    ids = entry("phi3").tensors(2, 12)["input_ids"][:1]
+    for bits in (4, 8):  # Dynamo takes sizes that change between models for dynamic ones
+        small = fxcompress.compress(
+            model, [{"kvquant": {"bits": bits}}], batches, verify="off", progress=False
+        )
+        session = small.generate.session(1, 40)
+        assert session.prefill(ids).shape[0] == 1
+        session.step()

@@ -158,7 +158,7 @@ def speed(options: argparse.Namespace, content: dict[str, Any]) -> None:
                 progress=False,
             )
             for kind, item in RECIPES.items()
-            if kind in TIMED
+            if kind in (options.only or TIMED)
         }
         for context in options.contexts:
             sessions = {kind: filled(small, context) for kind, small in models.items()}
