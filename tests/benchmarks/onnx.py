@@ -103,7 +103,7 @@ def runtime_quantizers(source: Path, folder: Path, calibration: Tensor) -> dict[
     quantizer.process()
     onnx.save(quantizer.model.model, made["nbits"])
     quantize_dynamic(source, made["dynamic"], weight_type=QuantType.QInt8, per_channel=True)
-    # Its default, signed activations, gives a file that ONNX Runtime 1.32 does not load; x86 wants these anyway.
+    # By default activations are signed, and ONNX Runtime 1.32 does not load the file; x86 wants these anyway.
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     products = ["MatMul"]
     quantize_static(
