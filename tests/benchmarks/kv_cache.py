@@ -130,7 +130,8 @@ def filled(small: Any, context: int) -> Any:
     for layer in session._cache.layers:
         if hasattr(layer, "memory"):
             shape = (1, layer.form.heads, context - int(layer.length), layer.form.key_width)
-            layer.record.append(layer.memory, int(layer.length), torch.randn(shape), torch.randn(shape))
+            keys, values = (torch.randn(shape).to(layer.record.dtype) for _ in range(2))
+            layer.record.append(layer.memory, int(layer.length), keys, values)
             layer.length.fill_(context)
         else:
             layer.keys.normal_()
@@ -148,9 +149,9 @@ def speed(options: argparse.Namespace, content: dict[str, Any]) -> None:
         for row in calibration_windows(tokenizer, options.samples)
     ]
     results = content.setdefault("speed", {})
-    for dtype in (torch.float32, torch.bfloat16):
+    for name in options.dtypes:
+        dtype = getattr(torch, name)
         weights = {"quantize-weights": {"bits": 8}}
-        name = str(dtype).removeprefix("torch.")
         models = {
             kind: fxcompress.compress(
                 *(model.to(dtype), [weights, *([] if item is None else [item])], data),
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--only", nargs="*", default=[])
     options = parser.parse_args()
     options.contexts = options.contexts or ([4096, 8192] if options.speed else [512, 2048, 8192])
