@@ -120,7 +120,7 @@ def measure(
     data = as_training(
         [{"input_ids": r[None], "use_cache": False} for r in cut], small.program, samples=1 << 20
     )
-    started = time.perf_counter()
+    started = time.process_time()
     looked = 0.0
     curve = [[0, perplexity(graph, windows)]]
     news = [perplexity(graph, texts["news"])]
@@ -128,9 +128,9 @@ def measure(
     def look(event: ProgressEvent) -> None:
         nonlocal looked
         if event.stage == "distill" and event.done % options.look == 0:
-            begun = time.perf_counter()
+            begun = time.process_time()
             curve.append([event.done, perplexity(graph, windows)])
-            looked += time.perf_counter() - begun
+            looked += time.process_time() - begun
             sys.stderr.write(f"{student}, {objective}: step {event.done}: {curve[-1][1]:.2f}\n")
 
     settings = TrainingOptions(
@@ -141,7 +141,7 @@ def measure(
         seed=options.seed,
     )
     result = train(graph, teacher, data, objective_from(OBJECTIVES[objective]), settings, progress=look)
-    seconds = round(time.perf_counter() - started - looked)
+    seconds = round(time.process_time() - started - looked)
     return {
         "curve": curve,
         "news": [*news, perplexity(graph, texts["news"])],

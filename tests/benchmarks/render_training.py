@@ -22,7 +22,7 @@ def distillation(content: dict[str, Any]) -> list[str]:
         "fine-tuning without a teacher: it learns this kind of text besides, and can give back more than was",
         "lost there. Budgets are minutes of one core, not the thousands of steps of published results.",
         "",
-        "| student | objective | documentation | recovered | news | recovered | trained | seconds |",
+        "| student | objective | documentation | recovered | news | recovered | trained | seconds of processor |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for student, rows in content["students"].items():
@@ -32,7 +32,7 @@ def distillation(content: dict[str, Any]) -> list[str]:
             for text, values in looks.items():
                 lost, back = (math.log(values[0] / other) for other in (base[text], values[-1]))
                 cells += [f"{values[0]:.2f} → {values[-1]:.2f}", f"{100 * back / lost:.0f} %"]
-            cells += [f"{row['trained'] / 1e6:.1f} M", str(row["seconds"])]
+            cells += [f"{row['trained'] / 1e6:.1f} M", str(row.get("seconds", ""))]
             lines.append(f"| {student} | {objective} | {' | '.join(cells)} |")
     lines.append("")
     for student, rows in content["students"].items():
