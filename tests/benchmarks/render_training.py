@@ -22,7 +22,7 @@ def distillation(content: dict[str, Any]) -> list[str]:
         "fine-tuning without a teacher: it learns this kind of text besides, and can give back more than was",
         "lost there. Budgets are minutes of one core, not the thousands of steps of published results.",
         "",
-        "| student | objective | documentation | recovered | news | recovered | trained | seconds of processor |",
+        "| student | objective | documentation | recovered | news | recovered | trained | processor, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for student, rows in content["students"].items():
