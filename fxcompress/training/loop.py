@@ -208,7 +208,7 @@ class _Run:
         """One optimiser step; the mean loss of its tokens."""
         for group in optimizer.param_groups:
             group["lr"] = self.options.rate(step)
-        with gathered(model):
+        with gathered(model) if self.learner.objective.on_policy else nullcontext():
             batches = [self._drawn(rows, step) for rows in self._rows(step)]
         count = self._total(sum(self.learner.count(batch, self.example) for batch in batches))
         if not count:
@@ -297,12 +297,16 @@ class _Run:
         rows = list(
             range(self.accelerator.process_index, len(self.evaluation), self.accelerator.num_processes)
         )
-        for start in range(0, len(rows), size):
-            batch = self.evaluation.batch(rows[start : start + size], self.device)
+        most = -(-len(self.evaluation) // self.accelerator.num_processes)  # calls of sharded models are joint
+        for start in range(0, most, size):
+            chosen = rows[start : start + size]
+            batch = self.evaluation.batch(chosen or [0], self.device)
             with self.accelerator.autocast(), gathered(model):
                 teacher, known = self._ask(batch, cached=False)
-                total += float(whole(batch, teacher, known, True))
-            count += self.learner.count(batch, self.example)
+                loss = float(whole(batch, teacher, known, True))
+            if chosen:
+                total += loss
+                count += self.learner.count(batch, self.example)
         loss = self._total(total) / max(1.0, self._total(count))
         self._check_finite(loss, self.result.steps, "held-out loss")
         self.result.held_out.append((self.result.steps, loss))

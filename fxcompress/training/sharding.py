@@ -44,12 +44,16 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not _sharded(model):
         yield
         return
-    shards: Any = model
-    shards.unshard()
+    from torch.distributed.fsdp import FSDPModule
+
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.unshard()
     try:
         yield
     finally:
-        shards.reshard()  # also what a call in between has gathered, which only a backward pass would undo
+        for shard in shards:
+            shard.reshard()  # also what a call in between has gathered, which only a backward pass would undo
 
 
 def number_of(value: Tensor) -> float:

@@ -164,7 +164,7 @@ def test_how_a_step_is_split_changes_nothing() -> None:
 def report(checkpoint: str) -> list[Any]:
     """What the same short run gives, in however many processes it is called."""
     trained = graph(compressed(W3), "weights", "lora")
-    result = run(trained, {"gkd": {"new_tokens": 3}}, steps=4, evaluation=rows(3), checkpoint=checkpoint)
+    result = run(trained, {"gkd": {"new_tokens": 3}}, steps=4, evaluation=rows(5), checkpoint=checkpoint)
     total = sum(float(p.detach().double().sum()) for p in trained.parameters())
     return [result.losses, result.held_out, total]
 
