@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "int8 per token": {"quantize-kv-cache": {"bits": 8}},
     "fp8-e4m3 per token": {"quantize-kv-cache": {"format": "fp8-e4m3"}},
     **{f"int{bits} per token": {"quantize-kv-cache": {"bits": bits}} for bits in (4, 3, 2)},
-    **{f"int{bits} rotated": {"quantize-kv-cache": {"bits": bits, "rotate": True}} for bits in (4, 3, 2)},
+    **{f"int{bits} rotated": {"quantize-kv-cache": {"bits": bits, "rotate": True}} for bits in (8, 4, 3, 2)},
     **{
         f"KIVI {bits}": {"quantize-kv-cache": {"bits": bits, **_KIVI, "group_size": size, "residual": size}}
         for bits, size in ((8, 64), (4, 64), (3, 32), (2, 32))
@@ -50,7 +50,7 @@ RECIPES: dict[str, dict[str, Any] | None] = {
         }
         for bits in (4, 2)
     },
-    **{f"WKVQuant {bits}": {"wkvquant": {"bits": bits}} for bits in (4, 3, 2)},
+    **{f"WKVQuant {bits}": {"wkvquant": {"bits": bits}} for bits in (8, 4, 3, 2)},
     **{f"KVQuant {bits}": {"kvquant": {"bits": bits, "q_norm": bits == 2}} for bits in (8, 4, 3, 2)},
     "KVQuant 3, after rotation": {"kvquant": {"bits": 3, "pre_rotary": False}},
     "KVQuant 3, no outliers": {"kvquant": {"bits": 3, "outliers": 0.0}},
