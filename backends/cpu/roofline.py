@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from fxcompress.backends.cpu.generated import GeneratedBfloat16, GeneratedDense
-from fxcompress.backends.cpu.kernel_types import LinearSpec, QuantizedInput
+from fxcompress.backends.cpu.kernel_types import LinearSpec
 from fxcompress.backends.cpu.layouts import Layout
+from fxcompress.backends.cpu.measured import random_input
 from fxcompress.backends.cpu.selection import choose_kernel, this_machine
 from fxcompress.backends.cpu.tiled import TiledLayout
 from fxcompress.form_inputs import TensorRef
@@ -114,8 +114,7 @@ def _measure(
     # A gated layout orders rows otherwise, which a product alone takes as long for.
     same = isinstance(use.layout, TiledLayout) and isinstance(kernel.layout, TiledLayout)
     packed = dict(store.packed(use.layout if same else kernel.layout, use.terms))
-    x = torch.randn(tokens, spec.columns, generator=torch.Generator().manual_seed(0)).to(spec.dtype)
-    quantized = None if spec.activation is None else _quantized(x, static=spec.activation == "static")
+    x, quantized = random_input(spec)
     samples: list[float] = []
     kernel.run(x, quantized, packed, spec)
     end = time.perf_counter() + seconds
@@ -140,13 +139,3 @@ def _measure(
         "peak share": done / took / limits[arithmetic],
         "arithmetic": arithmetic,
     }
-
-
-def _quantized(x: Tensor, *, static: bool) -> QuantizedInput:
-    """As a graph would have quantized ``x``."""
-    scale = x.float().abs().amax(-1, keepdim=True) / 127
-    if static:
-        scale = scale.max()
-    codes = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
-    zero = torch.zeros((), dtype=torch.int32) if static else None
-    return QuantizedInput(codes, scale, zero, x)
