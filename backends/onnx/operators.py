@@ -14,6 +14,9 @@ from torch import Tensor
 
 __all__ = ["ops"]
 
+TINY = 1e-36
+"""Smallest scale of a token: a normal float32, and 127 of it are next to nothing."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("fxcompress_onnx", "FRAGMENT")
@@ -102,15 +105,50 @@ def _gather_nbits(
     return _decode_blocks(data[ids], scales[ids], chosen, bits, block, K).to(scales.dtype)
 
 
+def _codes_shape(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.uint8), x.new_empty([*x.shape[:-1], 1])
+
+
+@_operator("token_codes(Tensor x, int bits) -> (Tensor q, Tensor scale)", _codes_shape)
+def _token_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes per token of ``x [..., K]`` float32, counted from 0, whose zero is 128, and scales ``[..., 1]``.
+
+    What ``quantize_per_token`` gives, in the operators that ONNX Runtime needs fewest of: codes of the
+    largest magnitudes need no clamp, and the scale of a token without any is as good as another.
+    """
+    scale = (x.abs().amax(dim=-1, keepdim=True) / ((1 << (bits - 1)) - 1)).clamp_min(TINY)
+    return (torch.round(x / scale) + 128).clamp(0, 255).to(torch.uint8), scale
+
+
+def _counted_shape(q: Tensor) -> Tensor:
+    return torch.empty_like(q, dtype=torch.uint8)
+
+
+@_operator("counted(Tensor q) -> Tensor", _counted_shape)
+def _counted(q: Tensor) -> Tensor:
+    """Codes counted from 0 in place of signed ones."""
+    return (q.to(torch.int32) + 128).to(torch.uint8)
+
+
 def _matmul_integer_shape(a: Tensor, b: Tensor, zero: Any) -> Tensor:
     return a.new_empty([*a.shape[:-1], b.shape[-1]], dtype=torch.int32)
 
 
 @_operator("matmul_integer(Tensor a, Tensor b, Tensor? zero) -> Tensor", _matmul_integer_shape)
 def _matmul_integer(a: Tensor, b: Tensor, zero: Tensor | None) -> Tensor:
-    """``MatMulInteger``: ``a [..., K]`` int8, ``b [K, N]`` int8, ``zero [N]`` int8 or None → int32."""
+    """``MatMulInteger``: ``a [..., K]`` uint8 with zero 128, ``b [K, N]`` int8, ``zero [N]`` int8 → int32."""
     wide = b.to(torch.float64) if zero is None else b.to(torch.float64) - zero.to(torch.float64)
-    return (a.to(torch.float64) @ wide).to(torch.int32)  # exact: |sums| < 2**53
+    return ((a.to(torch.float64) - 128) @ wide).to(torch.int32)  # exact: |sums| < 2**53
+
+
+def _matmul_scaled_shape(a: Tensor, b: Tensor, scale: Tensor, zero: Any) -> Tensor:
+    return scale.new_empty([*a.shape[:-1], b.shape[-1]])
+
+
+@_operator("matmul_scaled(Tensor a, Tensor b, Tensor scale, Tensor? zero) -> Tensor", _matmul_scaled_shape)
+def _matmul_scaled(a: Tensor, b: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """``com.microsoft.MatMulIntegerToFloat``: ``matmul_integer · scale``, ``scale [N]`` float32."""
+    return _matmul_integer(a, b, zero).to(torch.float32) * scale
 
 
 def _quantize_shape(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> Tensor:

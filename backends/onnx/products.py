@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 
 from fxcompress.backends.onnx import activations
 from fxcompress.backends.onnx.operators import ops
-from fxcompress.backends.onnx.rewriting import Rewriting
+from fxcompress.backends.onnx.rewriting import Lowered, Rewriting
 from fxcompress.backends.onnx.weights import Packed, block_size, codes_of, signed_matrix
 from fxcompress.forms import WeightLayout
 
@@ -24,6 +25,10 @@ INT8_ACCURACY, FLOAT_ACCURACY = 4, 1
 
 class Products(Rewriting):
     """Lowers products of an activation with a quantized weight."""
+
+    def __init__(self, lowered: Lowered, names: dict[fx.Node, str], portable: bool) -> None:
+        super().__init__(lowered, names, portable)
+        self._counted: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
 
     def run(self) -> None:
         """Lower all of them."""
@@ -85,23 +90,46 @@ class Products(Rewriting):
         self, node: fx.Node, source: fx.Node, codes: fx.Node, dynamic: Any, matrix: Any, dtype: Any
     ) -> fx.Node:
         """``(q · (C − z)ᵀ) · s_x · s_w`` with an exact integer product."""
-        name = self.note(source, "MatMulInteger")
+        name = self.note(source, "MatMulInteger" if self.portable else "MatMulIntegerToFloat")
         rows, scales, zeros = matrix
         # Kept [N, K]: a tied table's rows are looked up in the same tensor. The runtime turns it once.
         b = self.constants.add((codes, "signed"), f"{name}.codes", lambda: rows)
-        scale = self.constants.add((codes, "row scales", dtype), f"{name}.scale", lambda: scales.to(dtype))
+        scale = self.constants.add((codes, "row scales", torch.float32), f"{name}.scale", scales.float)
         zero = (
             zeros
             if zeros is None
             else self.constants.add((codes, "row zeros"), f"{name}.zero", lambda: zeros)
         )
-        q, token_scale = dynamic
+        q, token_scale = self._token_codes(*dynamic)
         call = self.graph.call_function
         with self.graph.inserting_before(node):
-            product = call(ops.matmul_integer.default, (q, call(aten.t.default, (b,)), zero))
-            wide = call(aten.to.dtype, (product, dtype))
-            token = call(aten.to.dtype, (token_scale, dtype)) if dtype != torch.float32 else token_scale
-            return call(aten.mul.Tensor, (call(aten.mul.Tensor, (wide, token)), scale))
+            turned = call(aten.t.default, (b,))
+            if self.portable:
+                exact = call(ops.matmul_integer.default, (q, turned, zero))
+                product = call(aten.mul.Tensor, (call(aten.to.dtype, (exact, torch.float32)), scale))
+            else:
+                product = call(ops.matmul_scaled.default, (q, turned, scale, zero))
+            y = call(aten.mul.Tensor, (product, token_scale))
+            return y if dtype == torch.float32 else call(aten.to.dtype, (y, dtype))
+
+    def _token_codes(self, codes: fx.Node, scale: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Codes counted from 0, and scales, in place of signed ones; readers of one activation share them."""
+        if codes in self._counted:
+            return self._counted[codes]
+        source = codes.args[0]
+        assert isinstance(source, fx.Node)
+        call = self.graph.call_function
+        with self.graph.inserting_before(codes.next):
+            if source.target is fxc.quantize_per_token.default:
+                x, bits = source.args
+                assert isinstance(x, fx.Node)
+                wide = x if x.meta["val"].dtype == torch.float32 else call(aten.to.dtype, (x, torch.float32))
+                both = call(ops.token_codes.default, (wide, bits))
+                found = call(operator.getitem, (both, 0)), call(operator.getitem, (both, 1))
+            else:
+                found = call(ops.counted.default, (codes,)), scale
+        self._counted[codes] = found
+        return found
 
     def _static_product(
         self, node: fx.Node, source: fx.Node, codes: fx.Node, x: fx.Node, matrix: Any, dtype: Any

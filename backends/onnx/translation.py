@@ -11,7 +11,7 @@ from onnx.defs import OpSchema
 from onnxscript import FLOAT, INT8, INT32, INT64, UINT8, values
 from onnxscript.onnx_opset import opset21
 
-from fxcompress.backends.onnx.operators import ops
+from fxcompress.backends.onnx.operators import TINY, ops
 
 __all__ = ["DOMAIN", "translation_table"]
 
@@ -26,6 +26,7 @@ _TYPES = {
     "B": ["tensor(uint8)"],
     "I": ["tensor(int64)", "tensor(int32)"],
     "M": ["tensor(int32)"],
+    "S": ["tensor(int8)"],
 }
 
 
@@ -178,12 +179,35 @@ def _scalar(number: int, dtype: type[np.generic]) -> Any:
     return onnx.Constant(value=ir.tensor(np.array(number, dtype)))
 
 
-def _matmul_integer(a: INT8, b: INT8, zero: INT8 | None) -> INT32:
-    # Codes counted from 0: for two signed operands ONNX Runtime has no vectorised kernel on x86 (measured:
-    # 20 to 45 times slower). Siblings repeat these nodes; eliminating common subexpressions joins them.
-    counted = onnx.Add(onnx.Cast(a, to=ir.DataType.INT32), _scalar(128, np.int32))
-    unsigned = onnx.Cast(counted, to=ir.DataType.UINT8)
-    return onnx.MatMulInteger(unsigned, b, _scalar(128, np.uint8), zero)  # type: ignore[no-any-return]
+def _token_codes(x: FLOAT, bits: int) -> tuple[UINT8, FLOAT]:
+    last, most = onnx.Constant(value_ints=[-1]), _scalar((1 << (bits - 1)) - 1, np.float32)
+    scale = onnx.Max(onnx.Div(onnx.ReduceMax(onnx.Abs(x), last, keepdims=1), most), _scalar(TINY, np.float32))
+    # Rounds, counts from 0 and saturates in one pass; a scale per token would need as many zero-points.
+    q = onnx.QuantizeLinear(onnx.Div(x, scale), _scalar(1, np.float32), _scalar(128, np.uint8))
+    return q, scale
+
+
+def _counted(q: INT8) -> UINT8:
+    counted = onnx.Add(onnx.Cast(q, to=ir.DataType.INT32), _scalar(128, np.int32))
+    return onnx.Cast(counted, to=ir.DataType.UINT8)  # type: ignore[no-any-return]
+
+
+# Codes are counted from 0: for two signed operands ONNX Runtime has no vectorised kernel on x86 (measured: 20
+# to 45 times slower).
+def _matmul_integer(a: UINT8, b: INT8, zero: INT8 | None) -> INT32:
+    return onnx.MatMulInteger(a, b, _scalar(128, np.uint8), zero)  # type: ignore[no-any-return]
+
+
+_MATMUL_INTEGER_TO_FLOAT = _runtime_operator(
+    "MatMulIntegerToFloat",
+    "A:B B:S a_scale:T b_scale:T a_zero_point:B? b_zero_point:S? bias:T?",
+    "Y:T",
+)
+
+
+def _matmul_scaled(a: UINT8, b: INT8, scale: FLOAT, zero: INT8 | None) -> FLOAT:
+    one, middle = _scalar(1, np.float32), _scalar(128, np.uint8)
+    return _MATMUL_INTEGER_TO_FLOAT(a, b, one, scale, middle, zero)  # type: ignore[no-any-return]
 
 
 def _quantize_linear(x: FLOAT, scale: FLOAT, zero: UINT8, axis: int) -> UINT8:
@@ -204,7 +228,10 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.row_numbers.default: _row_numbers,
         ops.rotary_embedding.default: _rotary_embedding,
         ops.gather_nbits.default: _gather_nbits,
+        ops.token_codes.default: _token_codes,
+        ops.counted.default: _counted,
         ops.matmul_integer.default: _matmul_integer,
+        ops.matmul_scaled.default: _matmul_scaled,
         ops.quantize_linear.default: _quantize_linear,
         ops.dequantize_linear.default: _dequantize_linear,
     }

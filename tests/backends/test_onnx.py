@@ -36,7 +36,7 @@ CASES: dict[str, tuple[Any, set[str], set[str]]] = {
     "int5, groups of 48": (weights(bits=5, group_size=48), {"MatMulNBits"}, {"MatMul"}),
     "int8 per row": (weights(bits=8, group_size=0), {"MatMulNBits"}, {"MatMul"}),
     "int4, groups of 10": (weights(bits=4, group_size=10), {"DequantizeLinear", "MatMul"}, {"MatMulNBits"}),
-    "dynamic": ("w8a8", {"MatMulInteger"}, {"MatMul", "MatMulNBits"}),
+    "dynamic": ("w8a8", {"MatMulIntegerToFloat"}, {"MatMul", "MatMulNBits"}),
     "static": (STATIC, {"MatMulIntegerToFloat", "QuantizeLinear"}, {"MatMul"}),
     "int4 weights, int8 activations": ("w4a8", {"MatMulNBits", "Round"}, {"MatMul"}),
     "fp8": ("fp8", {"DequantizeLinear", "Cast"}, set()),
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Any, set[str], set[str]]] = {
     "factors of the error of int4": ("w4a16-eora", {"MatMulNBits"}, {"MatMul"}),
     "factors, dynamic": (
         [{"svd-llm": {"keep": 0.8}}, *weights(bits=8, group_size=0), "quantize-activations"],
-        {"MatMulInteger", "MatMulNBits"},  # what the first factor gives is not rounded again
+        {"MatMulIntegerToFloat", "MatMulNBits"},  # what the first factor gives is not rounded again
         {"MatMul"},
     ),
     "outliers found in every call": ("w8a8-outlier-split", {"MatMulNBits", "Round"}, set()),
@@ -345,6 +345,6 @@ def test_integer_products_take_codes_counted_from_zero(tmp_path: Path) -> None:
     compressed(Perceptron().eval(), "w8a8", ROWS).export_onnx(tmp_path / "m.onnx", example_inputs=ROWS)
     graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "m.onnx")).graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
-    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
     assert products
     assert {types[node.input[0]] for node in products} == {onnx.TensorProto.UINT8}

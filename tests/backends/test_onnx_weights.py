@@ -90,7 +90,21 @@ def test_signed_codes_of_rows(bits: int, symmetric: bool, per_matrix: bool) -> N
     value = codes.float() if zero is None else codes.float() - zero.float().unsqueeze(1)
     assert torch.equal(value * scale.unsqueeze(1), term.dense(torch.float32))
     q = torch.randint(-127, 128, (4, 33), dtype=torch.int8)
-    assert torch.equal(ops.matmul_integer(q, codes.t(), zero).float(), q.float() @ value.t())
+    product = ops.matmul_integer(ops.counted(q), codes.t(), zero).float()
+    assert torch.equal(product, q.float() @ value.t())
+    assert torch.equal(ops.matmul_scaled(ops.counted(q), codes.t(), scale, zero), product * scale)
+
+
+@settings(deadline=None, max_examples=30)
+@given(bits=st.integers(5, 8), tokens=st.integers(1, 4), width=st.integers(1, 40), power=st.integers(-30, 30))
+def test_codes_of_tokens_are_those_of_the_reference(bits: int, tokens: int, width: int, power: int) -> None:
+    x = torch.randn(tokens, width) * 10.0**power
+    x[0] = 0
+    q, scale = ops.token_codes(x, bits)
+    expected, steps = torch.ops.fxcompress.quantize_per_token(x, bits)
+    assert torch.equal(q, ops.counted(expected))
+    assert torch.equal(scale[1:], steps[1:])
+    assert (q[0] == 128).all()
 
 
 def test_grouped_codes_are_no_signed_matrix() -> None:
