@@ -13,13 +13,15 @@ from fxcompress.apply import apply_state
 from fxcompress.backends.cpu.forecast import compile_ahead
 from fxcompress.backends.cpu.roofline import KernelUse, measure_kernels
 from fxcompress.backends.cpu.sparse import executable_store, noted
-from fxcompress.backends.executable import Executable
+from fxcompress.backends.executable import Executable, Trace
+from fxcompress.backends.execution_plan import plan_execution, plan_reference
+from fxcompress.backends.kept_steps import KeptSteps
 from fxcompress.backends.regions import RegionCompiler
 from fxcompress.backends.sources import GhostSource, OwnFormsFirst, source_from_options
 from fxcompress.backends.target import TritonTarget, target_of
 from fxcompress.capture.dynamo import program_from_dynamo
 from fxcompress.capture.program import Program
-from fxcompress.compat import runs_alone
+from fxcompress.compat import runs_alone, traced_files
 from fxcompress.errors import BackendError
 from fxcompress.ghost import ghost_tag
 from fxcompress.store import WeightStore
@@ -88,7 +90,13 @@ class CompressingBackend:
             with torch.no_grad():
                 return self._store_for(other)
 
-        return Executable(applied, store, rebind, regions)
+        compressed = store.state.is_compressed
+        if regions is None:
+            plan = plan_reference(applied, compressed)
+        else:
+            plan = plan_execution(applied, regions, compressed)
+        sizes = tuple(value for value in example_inputs if isinstance(value, torch.SymInt))
+        return Executable(plan, program.weights, store, rebind, Trace(sizes, traced_files()))
 
     def _store_for(self, program: Program) -> WeightStore:
         """The store of a program's forms; compiled for a CPU, sparse weights have the forms they run in."""
@@ -115,6 +123,9 @@ class InductorBackend(CompressingBackend):
 
     Args:
         store: The model's packed weights.
+
+    Attributes:
+        kept: Decoding steps that earlier processes compiled.
     """
 
     summary = (
@@ -125,6 +136,7 @@ class InductorBackend(CompressingBackend):
         super().__init__(GhostSource(store), "inductor")
         self._store = store
         self._prepared = False
+        self.kept = KeptSteps(lambda: executable_store(store), self.choices, self.uses)
 
     def prepare(self, module: nn.Module) -> None:
         """Start compiling the kernels ``module`` will need, while its first graph is traced."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxcompress.apply import AppliedGraph
-from fxcompress.backends.regions import Region
-from fxcompress.capture.program import Program
+from fxcompress.backends.execution_plan import ExecutionPlan
 from fxcompress.errors import BindingError
-from fxcompress.form_inputs import TensorRef
 from fxcompress.store import WeightStore
 
 # Given the real weights of a call by canonical name, the store that holds their packed form.
@@ -30,6 +29,42 @@ class _Binding:
     constants: list[tuple[int, Tensor]]  # slot → packed or form tensor
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What a graph was made from.
+
+    Args:
+        sizes: The symbolic sizes among its arguments.
+        files: Of all code that was traced; None where unknown.
+    """
+
+    sizes: tuple[torch.SymInt, ...]
+    files: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an executable, as :func:`watch_calls` saw it."""
+
+    executable: Executable
+    arguments: tuple[Any, ...]
+    results: Sequence[Any]
+
+
+_WATCHED: ContextVar[list[Call] | None] = ContextVar("fxcompress calls", default=None)
+
+
+@contextmanager
+def watch_calls() -> Iterator[list[Call]]:
+    """All calls of executables inside the block, in order."""
+    calls: list[Call] = []
+    token = _WATCHED.set(calls)
+    try:
+        yield calls
+    finally:
+        _WATCHED.reset(token)
+
+
 class Executable:
     """A compiled graph, called with Dynamo's flat inputs.
 
@@ -38,142 +73,88 @@ class Executable:
     weights, never to somebody else's.
 
     Args:
-        applied: The rewritten graph (its placeholders and output define the calling convention).
-        store: Packed weights for the parameters seen while compiling.
+        plan: Slots and steps.
+        weights: The parameters seen while compiling, by name.
+        store: Their packed weights.
         rebind: Called when other parameters arrive.
-        regions: Compiled blocks; None runs the rewritten graph itself (reference).
+        trace: What the graph was made from.
     """
 
     def __init__(
-        self, applied: AppliedGraph, store: WeightStore, rebind: Rebind, regions: Sequence[Region] | None
+        self,
+        plan: ExecutionPlan,
+        weights: Mapping[str, Tensor],
+        store: WeightStore,
+        rebind: Rebind,
+        trace: Trace | None = None,
     ) -> None:
-        program = applied.program
-        self._program = program
-        self._module = applied.module
+        self.plan = plan
+        self._trace = trace
+        self._known = dict(weights)
         self._rebind = rebind
-        self._placeholders = [node.name for node in program.placeholders()]
-        self._compressed = [
-            index
-            for index, name in enumerate(self._placeholders)
-            if name in program.weight_of and store.state.is_compressed(program.weight_of[name])
-        ]
-        slots: dict[fx.Node, int] = {}
-        self._arguments: list[tuple[int, int]] = []  # (argument index, slot)
-        self._forms: list[tuple[TensorRef, int]] = []
-        order = {name: index for index, name in enumerate(self._placeholders)}
-        for node in applied.module.graph.nodes:
-            if node.op == "placeholder":
-                slot = slots.setdefault(node, len(slots))
-                if node.name in applied.form_inputs:
-                    self._forms.append((applied.form_inputs[node.name], slot))
-                else:
-                    self._arguments.append((order[node.name], slot))
+        self._release = plan.releases()
         self._types: dict[int, tuple[torch.Size, torch.dtype]] | None = None  # of the constants, by slot
-        self._plan(slots, regions)
-        self._bindings = [self._bind(self._weights(program), store, [])]
-
-    def _plan(self, slots: dict[fx.Node, int], regions: Sequence[Region] | None) -> None:
-        self._steps: list[tuple[Callable[..., Any], list[int], list[int]]] = []
-        self._packed: list[tuple[Any, tuple[TensorRef, ...], str, int]] = []
-        packed_slots: dict[tuple[str, tuple[TensorRef, ...], str], int] = {}
-        self._attributes: list[tuple[int, Any]] = []
-        # Slot or constant of every output; None when the only step returns the outputs itself.
-        self._outputs: list[Any] | None = None
-        n_slots = len(slots)
-        if regions is None:
-            inputs = [slots[node] for node in self._module.graph.nodes if node.op == "placeholder"]
-            forward = self._module.forward
-            self._steps.append((lambda values: forward(*values), inputs, [-1]))
-            self._n_slots = n_slots
-            return
-        used_forms = {node for region in regions for node in region.values}
-        self._forms = [
-            (ref, slot) for ref, slot in self._forms if any(slots.get(n) == slot for n in used_forms)
-        ]
-        for node in self._module.graph.nodes:
-            if node.op == "get_attr":
-                slots[node] = n_slots
-                self._attributes.append((n_slots, _attribute(self._module, str(node.target))))
-                n_slots += 1
-        for region in regions:
-            sources = [slots[node] for node in region.values]
-            for item, terms in region.packed:
-                key = (item.layout.name, terms, item.tensor)
-                if key not in packed_slots:
-                    packed_slots[key] = n_slots
-                    self._packed.append((item.layout, terms, item.tensor, n_slots))
-                    n_slots += 1
-                sources.append(packed_slots[key])
-            targets = []
-            for node in region.outputs:
-                slots[node] = n_slots
-                targets.append(n_slots)
-                n_slots += 1
-            self._steps.append((region.function, sources, targets))
-        self._n_slots = n_slots
-        output = self._module.graph.output_node().args[0]
-        flat = output if isinstance(output, list | tuple) else [output]
-        self._outputs = [slots[node] if isinstance(node, fx.Node) else node for node in flat]
-        self._constant_outputs = [not isinstance(node, fx.Node) for node in flat]
-        self._last_use()
-
-    def _last_use(self) -> None:
-        """Which slots to release after each step, so that activations do not outlive their use."""
-        assert self._outputs is not None
-        keep = {
-            slot for slot, constant in zip(self._outputs, self._constant_outputs, strict=True) if not constant
-        }
-        produced = {slot for _, _, targets in self._steps for slot in targets}
-        last: dict[int, int] = {}
-        for index, (_, sources, targets) in enumerate(self._steps):
-            for slot in [*sources, *targets]:
-                last[slot] = index
-        self._release: list[list[int]] = [[] for _ in self._steps]
-        for slot, index in last.items():
-            if slot in produced and slot not in keep:
-                self._release[index].append(slot)
+        self._bindings = [self._bind(self._known, store)]
 
     def __call__(self, *args: Any) -> Any:
         """Run with Dynamo's flat inputs."""
-        values: list[Any] = [None] * self._n_slots
-        for index, slot in self._arguments:
+        results = self._run(args)
+        watched = _WATCHED.get()
+        if watched is not None:
+            watched.append(Call(self, args, results))
+        return results
+
+    def _run(self, args: Sequence[Any]) -> Any:
+        plan = self.plan
+        values: list[Any] = [None] * plan.slots
+        for index, slot in plan.arguments:
             values[slot] = args[index]
         for slot, tensor in self._binding(args).constants:
             values[slot] = tensor
         with torch.no_grad():
-            if self._outputs is None:
-                function, sources, _ = self._steps[0]
-                return function([values[slot] for slot in sources])
-            for (function, sources, targets), release in zip(self._steps, self._release, strict=True):
-                results = function([values[slot] for slot in sources])
-                for slot, result in zip(targets, results, strict=True):
+            if plan.outputs is None:
+                (only,) = plan.steps
+                return only.function([values[slot] for slot in only.sources])
+            for step, release in zip(plan.steps, self._release, strict=True):
+                results = step.function([values[slot] for slot in step.sources])
+                for slot, result in zip(step.targets, results, strict=True):
                     values[slot] = result
                 for slot in release:
                     values[slot] = None
         return tuple(
             slot if constant else values[slot]
-            for slot, constant in zip(self._outputs, self._constant_outputs, strict=True)
+            for slot, constant in zip(plan.outputs, plan.constant_outputs, strict=True)
         )
+
+    def is_bound_to(self, args: Sequence[Any]) -> bool:
+        """Whether the compressed weights among the arguments are those of the last call."""
+        return self._fits(self._bindings[0], args)
+
+    def take_trace(self) -> Trace | None:
+        """What the graph was made from; asked again, None: it is much to hold."""
+        found, self._trace = self._trace, None
+        return found
 
     def replay(self, args: Sequence[Any]) -> Callable[[], None]:
         """The call with these arguments again and again, for callers that change their contents only.
 
         Nothing is checked and results are dropped; what the graph writes into its arguments is what counts.
         """
-        base: list[Any] = [None] * self._n_slots
-        for index, slot in self._arguments:
+        plan = self.plan
+        base: list[Any] = [None] * plan.slots
+        for index, slot in plan.arguments:
             base[slot] = args[index]
         for slot, tensor in self._binding(args).constants:
             base[slot] = tensor
-        produced = {slot for _, _, targets in self._steps for slot in targets}
+        produced = plan.produced
         steps = [
             (
-                function,
-                [base[slot] for slot in sources],
-                [(place, slot) for place, slot in enumerate(sources) if slot in produced],
-                targets if self._outputs is not None else [],
+                step.function,
+                [base[slot] for slot in step.sources],
+                [(place, slot) for place, slot in enumerate(step.sources) if slot in produced],
+                step.targets,
             )
-            for function, sources, targets in self._steps
+            for step in plan.steps
         ]
 
         def run() -> None:
@@ -195,14 +176,14 @@ class Executable:
                     self._bindings.insert(0, self._bindings.pop(number))
                 return self._bindings[0]
         self._bindings = [b for b in self._bindings if all(owner() is not None for owner in b.owners)]
-        weights = self._weights_from(args)
-        binding = self._bind(weights, self._rebind(weights), args)
+        weights = {**self._known, **{name: args[index] for index, name in self.plan.weights.items()}}
+        binding = self._bind(weights, self._rebind(weights))
         self._bindings = [b for b in self._bindings if not self._same_owners(b, binding)]
         self._bindings.insert(0, binding)
         return binding
 
     def _fits(self, binding: _Binding, args: Sequence[Any]) -> bool:
-        for index, owner, version in zip(self._compressed, binding.owners, binding.versions, strict=True):
+        for index, owner, version in zip(self.plan.compressed, binding.owners, binding.versions, strict=True):
             if args[index] is not owner() or version_of(args[index]) != version:
                 return False
         return True
@@ -211,16 +192,17 @@ class Executable:
     def _same_owners(one: _Binding, two: _Binding) -> bool:
         return all(a() is b() for a, b in zip(one.owners, two.owners, strict=True))
 
-    def _bind(self, weights: dict[str, Tensor], store: WeightStore, args: Sequence[Any]) -> _Binding:
-        owners = [weights[self._program.weight_of[self._placeholders[index]]] for index in self._compressed]
-        constants = list(self._attributes)
-        for ref, slot in self._forms:
+    def _bind(self, weights: Mapping[str, Tensor], store: WeightStore) -> _Binding:
+        plan = self.plan
+        owners = [weights[plan.weights[index]] for index in plan.compressed]
+        constants = list(plan.attributes)
+        for ref, slot in plan.forms:
             constants.append((slot, store.tensor(ref)))
-        for layout, terms, tensor, slot in self._packed:
-            packed = store.packed(layout, terms)
-            if tensor not in packed:
-                raise _other_form(terms[0].name)
-            constants.append((slot, packed[tensor]))
+        for item in plan.packed:
+            packed = store.packed(item.layout, item.terms)
+            if item.tensor not in packed:
+                raise _other_form(item.terms[0].name)
+            constants.append((item.slot, packed[item.tensor]))
         self._check_types(constants)
         return _Binding(
             [weakref.ref(owner) for owner in owners], [version_of(owner) for owner in owners], constants
@@ -231,20 +213,10 @@ class Executable:
         types = {slot: (value.shape, value.dtype) for slot, value in constants if isinstance(value, Tensor)}
         expected = self._types = types if self._types is None else self._types
         if types != expected:
-            names = {slot: ref.name for ref, slot in self._forms}
-            names.update({slot: terms[0].name for _, terms, _, slot in self._packed})
+            names = {slot: ref.name for ref, slot in self.plan.forms}
+            names.update({item.slot: item.terms[0].name for item in self.plan.packed})
             wrong = next(slot for slot in types if types[slot] != expected.get(slot))
             raise _other_form(names.get(wrong, "a constant"))
-
-    def _weights(self, program: Program) -> dict[str, Tensor]:
-        return dict(program.weights)
-
-    def _weights_from(self, args: Sequence[Any]) -> dict[str, Tensor]:
-        weights = self._weights(self._program)
-        for index, name in enumerate(self._placeholders):
-            if name in self._program.weight_of:
-                weights[self._program.weight_of[name]] = args[index]
-        return weights
 
 
 def _other_form(name: str) -> BindingError:
@@ -259,8 +231,4 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _attribute(module: fx.GraphModule, path: str) -> Any:
-    value: Any = module
-    for step in path.split("."):
-        value = getattr(value, step)
-    return value
+__all__ = ["Call", "Executable", "Trace", "version_of", "watch_calls"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -35,6 +35,7 @@ from fxcompress.form_inputs import TensorRef
 from fxcompress.store import WeightStore
 
 logger = logging.getLogger("fxcompress.backends")
+aten = torch.ops.aten
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Any]]
 
 
@@ -88,6 +89,7 @@ class RegionCompiler:
         graph = self.applied.module.graph
         self.target = target_of(node.meta.get("val") for node in graph.nodes)
         self.target.prepare(graph)
+        _drop_identities(graph)
         mode = fake_mode_of([node.meta.get("val") for node in graph.nodes])
         return [self._region(block, mode) for block in find_blocks(graph)]
 
@@ -215,6 +217,32 @@ class RegionCompiler:
             if isinstance(value, torch.SymInt) and value.node.expr == symbol:
                 return node  # type: ignore[no-any-return]
         return None
+
+
+_CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other)
+
+
+def _drop_identities(graph: fx.Graph) -> None:
+    """Read the input of conversions that convert nothing.
+
+    They give back their input itself; as a block's output it would make AOTAutograd wrap the block in Python.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _CONVERSIONS:
+            continue
+        source = node.args[0]
+        before = source.meta.get("val") if isinstance(source, fx.Node) else None
+        after = node.meta.get("val")
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            continue
+        copies = node.kwargs.get("copy") or any(item is True for item in node.args[1:])
+        formatted = node.kwargs.get("memory_format") or any(
+            isinstance(item, torch.memory_format) for item in node.args[1:]
+        )
+        same = (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
+        if same and not copies and not formatted:
+            node.replace_all_uses_with(cast("fx.Node", source))
+            graph.erase_node(node)
 
 
 def extract(

@@ -91,6 +91,55 @@ def _recompile_options() -> dict[str, Any]:
     return {}
 
 
+def compiled_source(function: Any) -> str | None:
+    """The Python source of what Inductor made of a graph, if that is all it takes to run it on a CPU.
+
+    Example:
+        >>> compiled_source(print) is None
+        True
+    """
+    source = getattr(function, "source_code", None)
+    alone = not getattr(function, "constants", True) and not getattr(function, "frozen_param_names", True)
+    plain = not getattr(function, "inputs_to_check", True) and not getattr(
+        function, "torchbind_constants", True
+    )
+    on_cpu = set(getattr(function, "device_types", ())) == {"cpu"}
+    return str(source) if source and alone and plain and on_cpu else None
+
+
+def load_source(source: str) -> Any:
+    """The function of a :func:`compiled_source`; its C++ is compiled unless a cache has it."""
+    from torch._inductor.codecache import PyCodeCache
+
+    return PyCodeCache.load(source).call
+
+
+def guards_of(sizes: list[torch.SymInt]) -> str:
+    """What has been assumed of symbolic sizes, as an expression for :func:`guards_hold`."""
+    if not sizes:
+        return ""
+    return sizes[0].node.shape_env.produce_guards_expression(sizes) or ""
+
+
+def traced_files() -> tuple[str, ...] | None:
+    """The files of all code that Dynamo has traced for the graph being compiled; None where it cannot tell.
+
+    Of code without a file, two kinds are left out: Python's own (``<frozen …>``), and methods that
+    ``dataclass`` wrote, which are what their class says.
+    """
+    context = torch._guards.TracingContext.try_get()
+    codes = getattr(context, "traced_code", None) or ()
+    names = {code.co_filename for code in codes if code.co_filename != "<string>" or code.co_name[:2] != "__"}
+    return tuple(sorted(name for name in names if not name.startswith("<frozen "))) if codes else None
+
+
+def guards_hold(expression: str, sizes: list[int]) -> bool:
+    """Whether sizes are as assumed."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return not expression or bool(ShapeEnv().evaluate_guards_expression(expression, sizes))
+
+
 def runs_alone() -> bool:
     """Whether the graph that AOTAutograd is handing to its compiler needs none of AOTAutograd at run time."""
     context = torch._guards.TracingContext.try_get()

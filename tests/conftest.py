@@ -15,6 +15,8 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Kernels compiled by tests are kept between runs, but apart from the user's own.
+# What a test compiles must not depend on what another one has compiled; test_kept_steps.py turns it on.
+os.environ["FXCOMPRESS_KEEP_STEPS"] = "0"
 os.environ.setdefault("FXCOMPRESS_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
 
 import numpy as np

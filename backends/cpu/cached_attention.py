@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.backends.cpu import attention, native
+from fxcompress.backends.cpu.arguments import AttentionArguments
 from fxcompress.backends.cpu.cached_form import CachedAttentionForm
 from fxcompress.backends.cpu.generator import DTYPES, output_dtype
 from fxcompress.backends.cpu.isa import Isa
@@ -150,7 +151,7 @@ class CachedArguments(ctypes.Structure):
     """``fx_cached`` of ``templates/cached_arguments.j2``."""
 
     _fields_ = [
-        ("attention", native.AttentionArguments),
+        ("attention", AttentionArguments),
         *((name, ctypes.c_void_p) for name in ("memory", "length")),
         *((name, ctypes.c_int64) for name in ("capacity", "record")),
         ("constants", ctypes.c_void_p * _MOST_CONSTANTS),

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxcompress.backends.cpu.arguments import Arguments, AttentionArguments
 from fxcompress.backends.cpu.generator import (
     ABI_VERSION,
     EPILOGUE_SHIFT,
@@ -61,31 +62,6 @@ def define(schema: str, fake: Callable[..., Tensor], python: Callable[..., Tenso
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"fxcompress_cpu::{name}", fake, lib=LIBRARY)
     _PYTHON[name] = python
-
-
-class Arguments(ctypes.Structure):
-    """``fx_arguments`` of ``templates/arguments.j2``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "zero", "total", "bias")),
-        *((name, ctypes.c_void_p) for name in ("act_scale", "act_zero", "out")),
-        *((name, ctypes.c_int64) for name in ("x_stride", "m", "n", "k", "group", "threads", "epilogue")),
-        ("residual", ctypes.c_void_p),
-        ("residual_stride", ctypes.c_int64),
-    ]
-
-
-class AttentionArguments(ctypes.Structure):
-    """``fx_attention`` of ``templates/attention_arguments.j2``."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "out")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys", "width")),
-        ("value_width", ctypes.c_int64),
-        ("strides", ctypes.c_int64 * 13),  # of q, k and v by batch, head and row; of the mask, all four
-        *((name, ctypes.c_int64) for name in ("mask_is_float", "causal", "threads")),
-        ("scale", ctypes.c_double),
-    ]
 
 
 _KERNELS: dict[int, ctypes.CDLL] = {}  # by form number; a library stays loaded
@@ -153,6 +129,26 @@ def ensure_kernel(form: AnyForm, isa: Isa) -> str | None:
         return _FAILED.get(number)
 
 
+def loaded_kernels() -> dict[int, Path]:
+    """The shared object of every kernel that the operators can use so far, by form number."""
+    return {number: Path(kernel._name) for number, kernel in _KERNELS.items()}
+
+
+def use_kernel(number: int, path: Path) -> None:
+    """Let the operators use a kernel that was compiled before.
+
+    Raises:
+        BackendError: it cannot be loaded, or is of another interface version.
+    """
+    with _LOCK:
+        if number not in _KERNELS:
+            kernel = _opened(path)
+            _bind_operators()
+            _KERNELS[number] = kernel
+            if (register := _register_function()) is not None:
+                register(number, ctypes.cast(kernel.fx_run, ctypes.c_void_p))
+
+
 @functools.cache
 def _log_failure(reason: str) -> None:
     logger.warning("no generated kernels, torch's own are used: %s", reason)
@@ -164,7 +160,10 @@ def load_kernel(form: AnyForm, isa: Isa) -> ctypes.CDLL:
     Raises:
         BackendError: it cannot be compiled or loaded, or is of another interface version.
     """
-    path = compiled(f"{form.title}-{isa.name}", form.render(isa), form.flags(isa))
+    return _opened(compiled(f"{form.title}-{isa.name}", form.render(isa), form.flags(isa)))
+
+
+def _opened(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

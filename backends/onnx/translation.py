@@ -175,7 +175,7 @@ def _gather_nbits(
     return rows  # type: ignore[no-any-return]
 
 
-def _scalar(number: int, dtype: type[np.generic]) -> Any:
+def _scalar(number: float, dtype: type[np.generic]) -> Any:
     return onnx.Constant(value=ir.tensor(np.array(number, dtype)))
 
 

@@ -118,21 +118,20 @@ def block_size(packed: Packed) -> int | None:
     """Columns per block that the weight's groups can be cut into, or None.
 
     A group that is no power of two is cut into the largest power of two that divides it; a whole row into the
-    size that costs least in padding and repeated scales, of 8-bit codes into the smallest, since activations
-    are rounded block by block where the level allows it.
+    size that costs least in padding and repeated scales, of 8-bit codes into one of the two smallest, since
+    activations are rounded block by block where the level allows it.
     """
     if packed.layout.batch_dims or packed.layout.matrix_shape[0] != 1:
         return None
     if packed.per_row:
         width = container(packed.bits)
-        if width == 8:
-            return _BLOCK_SIZES[1]
+        sizes = _BLOCK_SIZES[1:3] if width == 8 else _BLOCK_SIZES[1:4]  # those with integer kernels
 
         def cost(block: int) -> int:
             blocks = -(-packed.columns // block)
             return blocks * (block * width + 32)
 
-        return min(_BLOCK_SIZES[1:4], key=cost)  # sizes with integer kernels for every width
+        return min(sizes, key=cost)
     largest = packed.group_size & -packed.group_size
     return min(largest, _BLOCK_SIZES[-1]) if largest >= _BLOCK_SIZES[0] else None
 
