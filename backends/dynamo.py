@@ -21,7 +21,7 @@ from fxcompress.backends.sources import GhostSource, OwnFormsFirst, source_from_
 from fxcompress.backends.target import TritonTarget, target_of
 from fxcompress.capture.dynamo import program_from_dynamo
 from fxcompress.capture.program import Program
-from fxcompress.compat import runs_alone, traced_files
+from fxcompress.compat import probe_processor, runs_alone, traced_files
 from fxcompress.errors import BackendError
 from fxcompress.ghost import ghost_tag
 from fxcompress.store import WeightStore
@@ -137,6 +137,11 @@ class InductorBackend(CompressingBackend):
         self._store = store
         self._prepared = False
         self.kept = KeptSteps(lambda: executable_store(store), self.choices, self.uses)
+
+    @classmethod
+    def begin(cls) -> None:
+        """Start what takes a while and depends on no model, before one is loaded."""
+        probe_processor()
 
     def prepare(self, module: nn.Module) -> None:
         """Start compiling the kernels ``module`` will need, while its first graph is traced."""

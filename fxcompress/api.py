@@ -23,6 +23,7 @@ from fxcompress.manager import Verify, run_recipe
 from fxcompress.model import CompressedModel, remove_with, temporary_artifact
 from fxcompress.progress import ProgressOption
 from fxcompress.recipe import Recipe
+from fxcompress.registry import backend_class
 from fxcompress.structure.build import build_cut_module
 from fxcompress.structure.load import module_for
 
@@ -146,6 +147,9 @@ def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "in
         >>> small = fxcompress.load("out")
         >>> small.generate(**inputs)
     """
+    begin = getattr(backend_class(backend), "begin", None)
+    if begin is not None:
+        begin()
     artifact = read_artifact(path)
     return CompressedModel(
         module_for(artifact, model),

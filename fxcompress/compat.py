@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -107,10 +110,29 @@ def compiled_source(function: Any) -> str | None:
     return str(source) if source and alone and plain and on_cpu else None
 
 
+@functools.cache
+def probe_processor() -> threading.Thread:
+    """Let Inductor find out, in a thread, what this processor can do: it asks in processes of its own.
+
+    The answer is needed for the first compiled code that is loaded, and is known from then on.
+    """
+
+    def ask() -> None:
+        from torch._inductor import cpu_vec_isa
+
+        with contextlib.suppress(Exception):  # met again, and reported, by whoever needs the answer
+            cpu_vec_isa.pick_vec_isa()
+
+    thread = threading.Thread(target=ask, name="fxcompress-probe", daemon=True)
+    thread.start()
+    return thread
+
+
 def load_source(source: str) -> Any:
     """The function of a :func:`compiled_source`; its C++ is compiled unless a cache has it."""
     from torch._inductor.codecache import PyCodeCache
 
+    probe_processor().join()
     return PyCodeCache.load(source).call
 
 
