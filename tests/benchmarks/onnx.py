@@ -121,6 +121,7 @@ def runner(path: Path) -> Callable[[Tensor], np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry(*peers_onnx.ALONE)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(ids: Tensor) -> np.ndarray:

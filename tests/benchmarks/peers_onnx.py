@@ -38,11 +38,20 @@ def build(model: Any, tokenizer: Any | None, folder: Path) -> Path:
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if re.match(r"\w+(Error|Exception)\b", line)]
         raise RuntimeError(errors[-1] if errors else f"the builder ended with code {done.returncode}")
-    path = made / "genai_config.json"
-    config = json.loads(path.read_text())
-    config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = torch.get_num_threads()
-    path.write_text(json.dumps(config))
     return made
+
+
+ALONE = ("session.force_spinning_stop", "1")
+"""An option of sessions: no thread goes on spinning when a run has ended, where others are timed next."""
+
+
+def _settle(folder: Path) -> None:
+    """As many threads as torch has, and none that disturbs whoever runs next."""
+    path = folder / "genai_config.json"
+    config = json.loads(path.read_text())
+    options = config["model"]["decoder"].setdefault("session_options", {})
+    options.update({"intra_op_num_threads": torch.get_num_threads(), ALONE[0]: ALONE[1]})
+    path.write_text(json.dumps(config))
 
 
 def _stand_in(size: int) -> Any:
@@ -61,6 +70,7 @@ class Genai:
         import onnxruntime_genai
 
         self._genai = onnxruntime_genai
+        _settle(folder)
         self._model = onnxruntime_genai.Model(str(folder))
         self._ids = ids[0].numpy().astype(np.int32)
         self._prompt, self._steps = prompt, steps
