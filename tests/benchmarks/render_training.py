@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def distillation(content: dict[str, Any]) -> list[str]:
             lines.append(f"| {student} | {objective} | {' | '.join(cells)} |")
     lines.append("")
     for student, rows in content["students"].items():
-        name = f"distillation-{''.join(c if c.isalnum() else '-' for c in student)}.svg"
+        name = f"distillation-{re.sub('[^a-z0-9]+', '-', student.lower())}.svg"
         plot_curves(student, rows, base["documentation"], PAGE.parent / "images" / name)
         lines += [f"![Learning curves of the {student} student](images/{name})", ""]
     return lines
