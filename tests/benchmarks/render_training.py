@@ -49,16 +49,18 @@ def plot_curves(student: str, rows: dict[str, Any], base: float, path: Path) -> 
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "fxcompress"
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(6, 3.5))
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.5))
     for objective, row in rows.items():
         steps, values = zip(*row["curve"], strict=True)
         axes.plot(steps, values, marker="o", markersize=3, label=objective)
     axes.axhline(base, color="gray", linestyle="--", linewidth=1, label="float32")
     axes.set(title=f"{student} student", xlabel="step", ylabel="perplexity (held-out documentation)")
     axes.set_yscale("log")
-    axes.legend(fontsize="small")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(ticker.FormatStrFormatter("%g"))
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     path.parent.mkdir(exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
