@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxcompress.backends.cpu.codebook import codebook_layout
+from fxcompress.backends.cpu.experts import experts_layout
 from fxcompress.backends.cpu.isa import machine_isa
 from fxcompress.backends.cpu.layouts import INT4_BLOCKED, INT8_ROWS, Layout
 from fxcompress.backends.cpu.tiled import gated_layout, tiled_layout
@@ -22,4 +23,5 @@ def layout_named(name: str) -> Layout | None:
         *(tiled_layout(isa), gated_layout(isa, False), gated_layout(isa, True)),
         *(codebook_layout(isa), INT8_ROWS, INT4_BLOCKED),
     )
-    return next((layout for layout in known if layout.name == name), None)
+    stacked = tuple(experts_layout(layout) for layout in known)
+    return next((layout for layout in (*known, *stacked) if layout.name == name), None)

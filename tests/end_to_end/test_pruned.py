@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +27,17 @@ settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sam
 tokens = [small.generate(ids, **settings).tolist()]
 if sys.argv[3] == "static":
     tokens.append(small.generate(ids, **settings, cache_implementation="static").tolist())
-print(json.dumps([tokens, float(logits.double().sum())]))
+found = [kept is not None for session in small.generate._sessions.values() for kept in session._kept.values()]
+print(json.dumps([tokens, float(logits.double().sum()), found]))
 """
 
 
 def in_new_process(folder: Path, ids: torch.Tensor, caches: str) -> list[Any]:
     command = [sys.executable, "-c", CODE, str(folder), json.dumps(ids.tolist()), caches]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    threads = {
+        "OMP_NUM_THREADS": str(torch.get_num_threads())
+    }  # compiled steps are kept for a number of them
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
     assert done.returncode == 0, done.stderr[-2000:]
     found: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -40,17 +45,23 @@ def in_new_process(folder: Path, ids: torch.Tensor, caches: str) -> list[Any]:
 
 @torch.no_grad()
 def check(small: CompressedModel, ids: torch.Tensor, folder: Path, caches: str = "") -> None:
-    """Compiled and reference agree, here and in a new process; the decoding loop serves the cut cache."""
+    """Compiled and reference agree, here and in a new process, which finds the steps compiled here.
+
+    The decoding loop serves the cut cache.
+    """
     settings: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids),
         "max_new_tokens": 6,
         "do_sample": False,
     }
     compiled = small(input_ids=ids, use_cache=False).logits
-    tokens = small.generate(ids, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FXCOMPRESS_KEEP_STEPS", "1")
+        tokens = small.generate(ids, **settings)
+        small.save(folder)
+        again, total, found = in_new_process(folder, ids, caches)
+    assert found == [True, True]  # the prompt and the step, compiled here
     assert small.generate._refusal is None  # our loop, with memory of the cut shapes
-    small.save(folder)
-    again, total = in_new_process(folder, ids, caches)
     assert all(one == tokens.tolist() for one in again)
     assert len(again) == (2 if caches == "static" else 1)
     assert abs(total - float(compiled.double().sum())) <= 1e-3 * float(compiled.double().abs().sum())
