@@ -135,7 +135,7 @@ def key_of(
     """The name that a step is kept under; None where hooks or replaced functions may do anything.
 
     Args:
-        kind: ``"prompt"`` or ``"step"``.
+        kind: ``"prompt"``, ``"token"`` (a prompt of one) or ``"step"``.
         module: The model.
         store: Its packed weights; their form counts, not their values.
         named: The call's own tensors by role.

@@ -114,12 +114,13 @@ class KeptSteps:
         """A step kept before, ready to be called, or None."""
         if os.environ.get(KEEP_VARIABLE) == "0" or not _on_cpu(module):
             return None
-        store = self._store()
-        key = key_of(kind, module, store, named, FREE)
-        if key is None:
-            return None
-        folder = _folder() / f"{kind}-{key}"
+        folder = _folder()
         try:
+            store = self._store()
+            key = key_of(kind, module, store, named, FREE)
+            if key is None:
+                return None
+            folder = folder / f"{kind}-{key}"
             content = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
             changed = [path for path, digest in content["files"].items() if file_digest(path) != digest]
             if changed:
@@ -130,7 +131,8 @@ class KeptSteps:
             found = None
         except Exception as error:  # whatever is wrong with it, there is another way
             logger.info("%s: a kept step cannot be used (%s: %s)", folder.name, type(error).__name__, error)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder != _folder():
+                shutil.rmtree(folder, ignore_errors=True)
             found = None
         return found
 
@@ -178,7 +180,7 @@ class KeptSteps:
         """Keep what a call ran, if it was one graph of blocks and nothing else; failure is no error.
 
         Args:
-            kind: ``"prompt"`` or ``"step"``.
+            kind: ``"prompt"``, ``"token"`` (a prompt of one) or ``"step"``.
             module: The model.
             named: The call's own tensors, by role.
             calls: What :meth:`watch` saw.
@@ -196,7 +198,7 @@ class KeptSteps:
                 raise NotKeptError("it has hooks, or functions of its own")
             content, texts, constants = self._content(module, named, calls[0], result)
             _write(_folder() / f"{kind}-{key}", content, texts, constants)
-        except (NotKeptError, OSError) as reason:
+        except Exception as reason:  # the call itself went well
             logger.info("%s: this step is not kept: %s", type(module).__name__, reason)
 
     def _content(

@@ -217,7 +217,8 @@ class DecodeSession:
         """Logits ``[B, T or 1, V]`` of a prompt."""
         fresh = {"positions": given["position_ids"]} if given else {}
         named = self._named(ids=ids, **fresh)
-        found = self._find("prompt", named, ids.shape[1])
+        kind = "prompt" if ids.shape[1] > 1 else "token"  # which Dynamo compiles apart
+        found = self._find(kind, named, ids.shape[1])
         if found is not None:
             kept, arguments = found
             self._proven = True
@@ -225,7 +226,7 @@ class DecodeSession:
             return logits
         with self._keeper.watch() as calls:
             logits = self._trace(ids, given).logits
-        self._keep("prompt", named, calls, logits)
+        self._keep(kind, named, calls, logits)
         return logits
 
     def _keep(

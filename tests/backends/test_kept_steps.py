@@ -261,6 +261,19 @@ def test_a_folder_that_cannot_be_written(
     assert torch.equal(generated(load(saved), ids()), first[1])
 
 
+def test_an_error_while_keeping_is_none_of_the_call(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: tuple[Path, Tensor]
+) -> None:
+    def fail(_: Any) -> str:
+        raise RuntimeError("another torch")
+
+    monkeypatch.setenv(KEEP_VARIABLE, "1")
+    monkeypatch.setattr(kept_steps, "_folder", lambda: tmp_path / "steps")
+    monkeypatch.setattr(kept_steps, "guards_of", fail)
+    assert torch.equal(generated(load(saved), ids()), first[1])
+    assert not (tmp_path / "steps").exists()
+
+
 def test_only_the_last_used_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_steps, "MOST_KEPT", 3)
     for number in range(6):
