@@ -130,7 +130,13 @@ def compress(
     return small
 
 
-def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "inductor") -> CompressedModel:
+def load(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    backend: str = "inductor",
+    device: str | torch.device | None = None,
+) -> CompressedModel:
     """Load a saved compression.
 
     Args:
@@ -138,6 +144,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "in
         model: A module built like the compressed one (any weights). Not needed for transformers models, which
             are built from the stored configuration.
         backend: ``"inductor"`` or ``"eager"``.
+        device: Where it runs, e.g. ``"cuda"``. Default None: where ``model`` is, else the CPU.
 
     Raises:
         ArtifactError: missing, damaged, newer or unsafe.
@@ -156,6 +163,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "in
         artifact,
         backend=backend,
         tokenizer=load_tokenizer_if_any(path, artifact.identity.kind),
+        device=None if device is None else torch.device(device),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fxcompress.compat import compile_function
 from fxcompress.decoding_cache import CacheShapes, NotCoveredError
+from fxcompress.device_graph import on_device
 from fxcompress.errors import FxCompressError
 from fxcompress.evaluate import parameter_names
 from fxcompress.generation_cache import CacheMaker, fixed_cache
@@ -143,7 +144,7 @@ class DecodeSession:
         self._keeper: Keeper = getattr(backend, "kept", None) or _NoKeeper()
         self._kept: dict[str, Kept | None] = {}
         self._asked: set[str] = set()
-        device = next(module.parameters()).device
+        device = self._device = next(module.parameters()).device
         self._cache = fixed_cache(module, caches, batch, capacity, device, shapes)
         if padded and any(getattr(layer, "slides", False) for layer in self._cache.layers):
             raise NotCoveredError("padded prompts, and layers that forget old tokens", this_call=True)
@@ -277,12 +278,13 @@ class DecodeSession:
         found = self._find("step", named, 1)
         if found is not None:
             kept, arguments = found
-            self._replay = kept.executable.replay(arguments)
+            self._replay = on_device(kept.executable.replay(arguments), self._device)
             self._replay()
             return
         with self._keeper.watch() as calls:
             self._step(self._module, self._cache, self.token, self.logits, self._extra, self._options)
-        self._replay = self._recorder.replay()
+        replay = self._recorder.replay()
+        self._replay = None if replay is None else on_device(replay, self._device)
         self._keep("step", named, calls)
 
 

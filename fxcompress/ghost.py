@@ -25,15 +25,15 @@ class GhostTag:
     name: str
 
 
-def make_ghost(like: Tensor, owner: object, name: str) -> nn.Parameter:
-    """A ghost parameter with the shape, dtype and device of ``like``.
+def make_ghost(like: Tensor, owner: object, name: str, device: torch.device | None = None) -> nn.Parameter:
+    """A ghost parameter with the shape and dtype of ``like``, on ``device`` or where ``like`` is.
 
     Raises:
         WeightError: ``like`` is not floating point, so there is no NaN to mark it with.
     """
     if not like.is_floating_point():
         raise WeightError(f"{name}: a ghost needs a floating-point weight, found {like.dtype}.")
-    value = torch.full((1,), float("nan"), dtype=like.dtype, device=like.device)
+    value = torch.full((1,), float("nan"), dtype=like.dtype, device=device or like.device)
     ghost = nn.Parameter(value.expand(like.shape), requires_grad=False)
     ghost._fxcompress_tag = GhostTag(owner, name)  # type: ignore[attr-defined]
     return ghost
@@ -55,7 +55,11 @@ def contains_ghosts(module: nn.Module) -> bool:
 
 
 def ghost_copy(
-    module: nn.Module, replacements: Mapping[str, Tensor], ghosts: set[str], owner: object
+    module: nn.Module,
+    replacements: Mapping[str, Tensor],
+    ghosts: set[str],
+    owner: object,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Copy a module without copying its weights.
 
@@ -64,6 +68,7 @@ def ghost_copy(
         replacements: New values by canonical name (edited parameters).
         ghosts: Canonical names that become ghosts.
         owner: Object recorded in the ghosts' tags.
+        device: Where parameters and buffers go. Default None: where the original has them.
 
     Returns:
         A deep copy in evaluation mode. Parameters neither replaced nor ghosted are shared with the original
@@ -72,12 +77,15 @@ def ghost_copy(
     memo: dict[int, Any] = {}
     for name, parameter in module.named_parameters():
         if name in ghosts:
-            memo[id(parameter)] = make_ghost(parameter, owner, name)
+            memo[id(parameter)] = make_ghost(parameter, owner, name, device)
         else:
-            value = replacements.get(name, parameter.detach())
-            dense = nn.Parameter(value.detach(), requires_grad=False)
+            value = replacements.get(name, parameter).detach().to(device or parameter.device)
+            dense = nn.Parameter(value, requires_grad=False)
             dense._fxcompress_dense = GhostTag(owner, name)  # type: ignore[attr-defined]
             memo[id(parameter)] = dense
     clone = copy.deepcopy(module, memo)
+    if device is not None:
+        for buffer in clone.buffers():
+            buffer.data = buffer.data.to(device)
     clone.eval()
     return clone

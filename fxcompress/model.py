@@ -48,6 +48,7 @@ class CompressedModel:
         *,
         backend: str = "inductor",
         tokenizer: Any | None = None,
+        device: torch.device | None = None,
     ) -> None:
         weights: dict[str, Tensor] = {}
         state = CompressionState(weights)
@@ -57,7 +58,7 @@ class CompressedModel:
         names = set(artifact.parameters)
         replaced = {name for name in names if artifact.is_replaced(name)}
         values = {name: artifact.tensors[name] for name in names - replaced}
-        self.model = ghost_copy(module, values, replaced, self._store)
+        self.model = ghost_copy(module, values, replaced, self._store, device)
         artifact.restore_buffers(self.model)
         weights.update(dict(self.model.named_parameters()))
         self.artifact = artifact

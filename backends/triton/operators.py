@@ -7,6 +7,7 @@ operators run under the interpreter. A call makes no copy to or from the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,11 @@ def linear(x: Tensor, tensors: Sequence[Tensor], outputs: int, form: str) -> Ten
     device = tuning.current_device(x.device)
     shape = Shape(row_bucket(rows.shape[0]), outputs, rows.shape[1])
     if tuning.tuning_is_on() and tuning.Choices(device).get(kind, shape) is None:
-        tuning.tune(kind, shape, device, lambda config: _product(kind, config, rows, given, outputs))
+        runs = [
+            partial(_product, kind, rows=rows, tensors=each, outputs=outputs)
+            for each in tuning.copies(given, device, most=8)
+        ]
+        tuning.tune(kind, shape, device, runs)
     y = _product(kind, tuning.choose(kind, shape, device), rows, given, outputs)
     return y.reshape(*x.shape[:-1], outputs)
 

@@ -9,19 +9,33 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
+import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxcompress.backends.triton.configs import Config, ProductForm, Shape, best, cost, ranked
 from fxcompress.backends.triton.devices import KNOWN, Device, device_of
 from fxcompress.backends.triton.generator import interpreted, source_folder
 
-__all__ = ["TUNE_VARIABLE", "Choices", "choose", "current_device", "tune"]
+__all__ = [
+    "TUNE_VARIABLE",
+    "Choices",
+    "choose",
+    "copies",
+    "current_device",
+    "elapsed",
+    "measure",
+    "rotations",
+    "tune",
+]
 
 logger = logging.getLogger("fxcompress.backends")
 TUNE_VARIABLE = "FXCOMPRESS_TRITON_TUNE"
@@ -97,7 +111,11 @@ def choose(form: ProductForm, shape: Shape, device: Device) -> Config:
 
 
 def tune(
-    form: ProductForm, shape: Shape, device: Device, run: Callable[[Config], object]
+    form: ProductForm,
+    shape: Shape,
+    device: Device,
+    runs: Sequence[Callable[[Config], object]],
+    most: int = MOST_MEASURED,
 ) -> list[dict[str, Any]]:
     """Measure the most promising configurations and keep the fastest.
 
@@ -105,16 +123,17 @@ def tune(
         form: Of the kernel.
         shape: Sizes to measure with.
         device: The device.
-        run: Runs the product with a configuration.
+        runs: Each runs the product with a configuration, on tensors of its own (see :func:`copies`).
+        most: Configurations that are measured, the first by the model.
 
     Returns:
         One row per configuration: ``config``, ``seconds`` (None where it failed), ``predicted``.
     """
     rows: list[dict[str, Any]] = []
-    for config in ranked(form, shape, device)[:MOST_MEASURED]:
+    for config in ranked(form, shape, device)[:most]:
         row = {"config": config.to_dict(), "predicted": cost(form, config, shape, device)}
         try:
-            row["seconds"] = measure(lambda config=config: run(config))  # type: ignore[misc]
+            row["seconds"] = measure(*(functools.partial(run, config) for run in runs))
         except Exception as error:  # a configuration that does not fit is no reason to fail
             logger.info("%s %s: %s", form.title, config, error)
             row["seconds"] = None
@@ -127,25 +146,53 @@ def tune(
     return rows
 
 
-def measure(work: Callable[[], object], repeats: int = 20) -> float:
-    """Seconds of one call: the median of several, by the device's own clock where there is one."""
-    import statistics
-    import time
+def copies(tensors: dict[str, Tensor], device: Device, most: int = 32) -> list[dict[str, Tensor]]:
+    """The tensors, and as many copies that all together do not fit the device's cache."""
+    count = rotations(sum(tensor.nbytes for tensor in tensors.values()), device, most)
+    return [tensors, *({name: t.clone() for name, t in tensors.items()} for _ in range(count - 1))]
 
-    work()
+
+def rotations(nbytes: int, device: Device, most: int = 32) -> int:
+    """How many tensors of a size do not fit the device's cache three times over."""
+    return max(1, min(most, math.ceil(3 * device.cache / max(1, nbytes))))
+
+
+_SPAN = 4e-3  # seconds of calls in a graph, where one call takes long
+_CALLS = 40  # in a graph, where it does not
+
+
+def measure(*works: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of one call: on a device the median of several replays of one graph of calls, by its own clock.
+
+    Args:
+        works: The same work on different tensors, taking turns, so that none finds its own in the cache.
+        repeats: Replays.
+    """
+    for work in works:
+        work()
     if interpreted() or not torch.cuda.is_available():
         start = time.perf_counter()
-        work()
+        works[0]()
         return time.perf_counter() - start
-    samples = []
-    for _ in range(repeats):
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        work()
-        after.record()
-        after.synchronize()
-        samples.append(before.elapsed_time(after) / 1e3)
-    return float(statistics.median(samples))
+    one = elapsed(lambda: [work() for work in works]) / len(works)
+    rounds = math.ceil(min(math.ceil(_SPAN / one), _CALLS) / len(works))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for work in works * rounds:
+            work()
+    graph.replay()
+    return statistics.median(elapsed(graph.replay) for _ in range(repeats)) / (rounds * len(works))
+
+
+def elapsed(work: Callable[[], object]) -> float:
+    """Seconds on the device, by its own clock."""
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    before.record()
+    work()
+    after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1e3
 
 
 def tuning_is_on() -> bool:

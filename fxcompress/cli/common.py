@@ -137,9 +137,7 @@ def load_any(path: Path, *, device: str, dtype: DType, backend: str) -> tuple[An
     where = torch_device(device)
     if not is_artifact(path):
         return load_hf_model(path, dtype=dtype.torch, device=where)
-    if where.type != "cpu":
-        raise FxCompressError(f"{path}: compressed models run on cpu here, not on {device}.")
-    model = fxcompress.load(path, backend=backend)
+    model = fxcompress.load(path, backend=backend, device=where)
     return model, model.tokenizer
 
 

@@ -1,11 +1,13 @@
 """Small models lowered to Triton kernels, run by its interpreter: the whole way from a recipe.
 
-Run as a program: ``TRITON_INTERPRET=1 FXCOMPRESS_TARGET=triton python -m tests.backends.triton_models``.
+Run as a program: ``TRITON_INTERPRET=1 FXCOMPRESS_TARGET=triton python -m tests.backends.triton_models``; with
+``FXCOMPRESS_CHECK_DEVICE=cuda`` alone, on a device, everything between the kernels compiled by Inductor.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ from fxcompress.backends.triton.tuning import current_device
 from fxcompress.cache_record import CacheRecord, to_text
 from fxcompress.forms.cache import CacheForm
 from fxcompress.forms.cache_stores import IntStore
+from tests.backends.triton_common import DEVICE
 
 FACTORS = "factors in float16"
 RECIPES = {
@@ -77,17 +80,17 @@ def cached_attention() -> dict[str, Any]:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
     def inputs(tokens: int) -> list[Tensor]:
-        return [torch.randn(1, heads, tokens, 32).half() for heads in (2, 1, 1)]
+        return [torch.randn(1, heads, tokens, 32).half().to(DEVICE) for heads in (2, 1, 1)]
 
-    memory, length = record.allocate(1, torch.device("cpu")), torch.zeros(1, dtype=torch.int64)
+    memory, length = record.allocate(1, DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     record.append(memory, 0, *inputs(21)[1:])
     length.fill_(21)
-    mask = (torch.arange(64) < 22)[None, None, None]
+    mask = (torch.arange(64, device=DEVICE) < 22)[None, None, None]
     given = inputs(1)
     graph = make_fx(step, pre_dispatch=True, tracing_mode="fake")(*given, memory, length, mask)
     other, count = memory.clone(), length.clone()
     expected = step(*given, other, count, mask).float()
-    lowered = TritonInterpreter(graph, Plan(), {}, current_device(torch.device("cpu")))
+    lowered = TritonInterpreter(graph, Plan(), {}, current_device(DEVICE))
     found = lowered.run(*given, memory, length, mask).float()
     return {
         "error": float((found - expected).norm() / expected.norm()),
@@ -98,7 +101,8 @@ def cached_attention() -> dict[str, Any]:
 
 def main() -> None:
     """Print error, kernels and numbers of calls by recipe."""
-    dynamo.compile_with_inductor = as_it_is
+    if DEVICE.type == "cpu":
+        dynamo.compile_with_inductor = as_it_is
     started: list[str] = []
     start = launch.launch
 
@@ -108,10 +112,12 @@ def main() -> None:
 
     launch.launch = noted
     torch.manual_seed(0)
-    model = nn.Sequential(Block(64, 128), Block(64, 128, nn.LayerNorm(64))).half().eval()
-    x = torch.randn(2, 3, 64).half()
+    model = nn.Sequential(Block(64, 128), Block(64, 128, nn.LayerNorm(64))).half().eval().to(DEVICE)
+    x = torch.randn(2, 3, 64).half().to(DEVICE)
     rows: dict[str, Any] = {}
     for recipe, kernel in RECIPES.items():
+        if sys.argv[1:] and recipe not in sys.argv[1:]:
+            continue
         made = fxcompress.Recipe.load(WITH_FACTORS) if recipe == FACTORS else recipe
         small = fxcompress.compress(model, made, calibration=[(x,)], example_inputs=(x,))
         small(x)
@@ -127,7 +133,8 @@ def main() -> None:
             "choices": choices,
             "kernels": kernels,
         }
-    rows["cache"] = cached_attention()
+    if "cache" in (sys.argv[1:] or ["cache"]):
+        rows["cache"] = cached_attention()
     print(json.dumps(rows))  # noqa: T201
 
 

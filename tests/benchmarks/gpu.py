@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,60 +51,54 @@ class Clock:
         return False
 
 
-def checks(device: str, examples: int) -> dict[str, str | None]:
-    """Errors of the checks against the reference by name, from a process of their own."""
-    environment = {
-        **os.environ,
-        "FXCOMPRESS_CHECK_DEVICE": device,
-        "FXCOMPRESS_CHECK_EXAMPLES": str(examples),
-    }
-    command = [sys.executable, "-m", "tests.backends.triton_checks"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"all": done.stderr[-2000:]}
-    found: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def sizes(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
+    """Model, outputs, inputs and rows of every product."""
+    if options.interpret:
+        yield from (("tiny", 48, 256, rows) for rows in (1, 5))
+        return
+    for model in options.layers:
+        for outputs, inputs in SHAPES[model]:
+            yield from ((model, outputs, inputs, rows) for rows in options.rows)
 
 
-def products(
-    device: Any, sizes: dict[str, Any], rows: tuple[int, ...], clock: Clock, tune: bool
-) -> Iterator[dict[str, Any]]:
+def products(device: Any, options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:
     """One row per format, layer and number of rows."""
     import torch
 
     from fxcompress.backends.triton import configs, tuning
-    from tests.benchmarks import gpu_formats
+    from tests.benchmarks import gpu_formats, gpu_peers
 
     known = tuning.current_device(device)
-    for model, shapes in sizes.items():
-        for outputs, inputs in shapes:
-            for m in rows:
-                shape = configs.Shape(configs.row_bucket(m), outputs, inputs)
-                x = torch.randn(m, inputs, device=device, dtype=torch.bfloat16)
-                for name, make in gpu_formats.FORMATS.items():
-                    what = f"{name} {model} {outputs}x{inputs} {m}"
-                    if not clock.allows(what):
-                        continue
-                    form, given, tensors = make(x, outputs)
-                    run = partial(gpu_formats.run, form, x=given, tensors=tensors, outputs=outputs)
-                    if tune:
-                        tuning.tune(form, shape, known, run)
-                    config = tuning.choose(form, shape, known)
-                    yield {
-                        "format": name,
-                        "model": model,
-                        "outputs": outputs,
-                        "inputs": inputs,
-                        "rows": m,
-                        "seconds": tuning.measure(partial(run, config)),
-                        "predicted": configs.cost(form, config, shape, known),
-                        "bytes": configs.weight_bytes(form, shape) + 2 * m * (inputs + outputs),
-                        "operations": 2 * m * outputs * inputs,
-                        "config": config.to_dict(),
-                    }
-                    del tensors
-                if clock.allows(f"torch {model} {outputs}x{inputs} {m}"):
-                    yield from gpu_formats.torch_products(x, outputs, model)
+    for model, outputs, inputs, m in sizes(options):
+        shape = configs.Shape(configs.row_bucket(m), outputs, inputs)
+        x = torch.randn(m, inputs, device=device, dtype=torch.bfloat16)
+        for name in options.formats:
+            what = f"{name} {model} {outputs}x{inputs} {m}"
+            if not clock.allows(what):
+                continue
+            form, given, tensors = gpu_formats.FORMATS[name](x, outputs)
+            runs = [
+                partial(gpu_formats.run, form, x=given, tensors=each, outputs=outputs)
+                for each in tuning.copies(tensors, known)
+            ]
+            tried = tuning.tune(form, shape, known, runs, options.most) if options.tune else []
+            config = tuning.choose(form, shape, known)
+            yield {
+                "format": name,
+                "model": model,
+                "outputs": outputs,
+                "inputs": inputs,
+                "rows": m,
+                "seconds": tuning.measure(*(partial(run, config) for run in runs)),
+                "predicted": configs.cost(form, config, shape, known),
+                "bytes": configs.weight_bytes(form, shape) + 2 * m * (inputs + outputs),
+                "operations": 2 * m * outputs * inputs,
+                "config": config.to_dict(),
+                **({"tried": tried} if options.keep_tried else {}),
+            }
+            del tensors, runs
+        if options.peers and clock.allows(f"torch {model} {outputs}x{inputs} {m}"):
+            yield from gpu_peers.torch_products(x, outputs, model, known)
 
 
 def ceilings(device: Any, size: int) -> dict[str, float]:
@@ -168,61 +161,102 @@ def compile_everything() -> None:
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--interpret", action="store_true", help="tiny sizes, in Triton's interpreter")
-    parser.add_argument("--compile", action="store_true", help="only compile every variant")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Of the command line; ``gpu_compile`` shares it."""
+    from tests.benchmarks.gpu_formats import FORMATS
+
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    add = found.add_argument
+    add("--interpret", action="store_true", help="tiny sizes, in Triton's interpreter")
+    add("--compile", action="store_true", help="only compile every variant, for both architectures")
+    add(
         "--tune",
         action="store_true",
-        help="measure configurations first, and keep the fastest; with --write, for the package",
+        help="measure configurations, keep the fastest; with --write, for the package",
     )
-    parser.add_argument("--seconds", type=float, default=520, help="for everything")
-    parser.add_argument("--write", action="store_true", help="keep the result under tests/benchmarks/results")
-    parser.add_argument("--output", type=Path, help="keep the result in this file")
-    options = parser.parse_args()
+    add("--most", type=int, default=12, help="configurations to measure, the first by the cost model")
+    add("--keep-tried", action="store_true", help="write every configuration's time")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS)
+    add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    add("--layers", nargs="+", choices=SHAPES, default=list(SHAPES))
+    add("--rows", nargs="+", type=int, default=ROWS)
+    add("--no-peers", dest="peers", action="store_false", help="leave out torch's and torchao's products")
+    add("--seconds", type=float, default=520, help="for everything")
+    add("--write", action="store_true", help="keep the result under tests/benchmarks/results")
+    add("--output", type=Path, help="keep the result in this file")
+    return found
+
+
+PARTS = ("checks", "decoder", "attention", "rows", "products", "model")
+
+
+def prepared(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """Checks, and compiled kernels; all that does not need the device alone."""
+    from tests.benchmarks import gpu_prepare
+
+    programs = gpu_prepare.checks() if "checks" in options.parts else {}
+    if "decoder" in options.parts:
+        programs["compile: decoder"] = ["-m", "tests.benchmarks.gpu_decoding"]
+    if "products" in options.parts:
+        programs |= gpu_prepare.compilers(arguments)
+    order = sorted(programs, key=lambda name: not name.startswith("compile"))
+    return gpu_prepare.prepare("cuda", 3, {name: programs[name] for name in order}, options.seconds / 2)
+
+
+def main() -> None:
+    options = parser().parse_args()
     if options.compile:
         compile_everything()
         return
-    if options.interpret:
+    tiny = options.interpret
+    if tiny:
         os.environ["TRITON_INTERPRET"] = "1"
     clock = Clock(options.seconds)
     import torch
 
-    from tests.benchmarks import gpu_decoding
+    from tests.benchmarks import gpu_decoding, gpu_model, gpu_prepare
 
-    if not options.interpret and not torch.cuda.is_available():
+    if not tiny and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --interpret runs tiny sizes in Triton's interpreter")
-    device = torch.device("cpu" if options.interpret else "cuda")
+    device = torch.device("cpu" if tiny else "cuda")
     content: dict[str, Any] = {"environment": environment(device)}
-    content["checks"] = checks(device.type, 2 if options.interpret else 3)
-    tiny = options.interpret
+    done = {} if tiny else prepared(options, sys.argv[1:])
+    content["prepared"] = {name: row for name, row in done.items() if name.startswith("compile")}
+    content["seconds of checks"] = {name: row["seconds"] for name, row in done.items()}
+    content["models"] = {
+        name: row.get("found") for name, row in done.items() if name.startswith(("layers", "dec"))
+    }
+    content["checks"] = gpu_prepare.verdicts(done)
     content["ceilings"] = ceilings(device, 64 if tiny else 8192)
-    sizes: dict[str, Any] = {"tiny": ((48, 256),)} if tiny else SHAPES
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "decoder": lambda: gpu_decoding.decoder(device, tiny, clock),
         "attention": lambda: gpu_decoding.attention(device, 256 if tiny else CONTEXT, tiny, clock),
         "rows": lambda: gpu_decoding.row_kernels(device, tiny, clock),
-        "products": lambda: list(products(device, sizes, (1, 5) if tiny else ROWS, clock, options.tune)),
+        "model": lambda: [] if tiny else gpu_model.rows(device, clock),
+        "products": lambda: list(products(device, options, clock)),
     }
     for part, work in parts.items():
-        content[part] = work()
-    content["left out"] = clock.left_out
-    text = json.dumps(content, indent=1)
-    target = options.output
-    if options.write and not tiny:
-        target = (
-            RESULTS
-            / f"gpu-{''.join(c if c.isalnum() else '-' for c in content['environment']['device'])}.json"
-        )
+        content[part] = work() if part in options.parts else []
+        keep(content, clock, options)
     if options.write and options.tune and not tiny:
         keep_choices(device)
-    if target is not None:
-        target.write_text(text + "\n", encoding="utf-8")
-    sys.stdout.write(text + "\n")
     wrong = [name for name, error in content["checks"].items() if error is not None]
     if wrong:
         raise SystemExit(f"wrong results: {', '.join(wrong)}")
+
+
+def keep(content: dict[str, Any], clock: Clock, options: argparse.Namespace) -> None:
+    """Write what there is so far."""
+    content["left out"] = clock.left_out
+    text = json.dumps(content, indent=1) + "\n"
+    target = options.output
+    if options.write and not options.interpret:
+        name = "".join(c if c.isalnum() else "-" for c in content["environment"]["device"])
+        target = RESULTS / f"gpu-{name}.json"
+    if target is not None:
+        target.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Formats of products that tests/benchmarks/gpu.py measures, and torch's own beside them."""
+"""Formats of products that tests/benchmarks/gpu.py measures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from fxcompress.backends.triton.configs import Config, gemv_form
 from fxcompress.backends.triton.launch import run_product
 from fxcompress.backends.triton.linear_form import LinearForm
 from fxcompress.backends.triton.sparse_form import SparseForm
-from fxcompress.backends.triton.tuning import measure
 
 GROUP = 128
 Made = tuple[Any, Tensor, dict[str, Tensor]]
@@ -98,51 +97,3 @@ def run(form: Any, config: Config, x: Tensor, tensors: dict[str, Tensor], output
     if config.gemv:
         form = gemv_form(form)
     return run_product(form, config, x, tensors, outputs)
-
-
-def torch_products(x: Tensor, outputs: int, model: str) -> Iterator[dict[str, Any]]:
-    """torch's own products of the same sizes; what is missing here has the error instead of a time."""
-    m, inputs = x.shape
-    w = torch.randn(outputs, inputs, device=x.device, dtype=torch.bfloat16)
-    q = torch.randint(-100, 100, (max(m, 32), inputs), dtype=torch.int8, device=x.device)
-    codes = torch.randint(-100, 100, (outputs, inputs), dtype=torch.int8, device=x.device)
-    one = torch.ones((), device=x.device)
-
-    def scaled() -> Tensor:
-        a, b = q[: max(m, 16)].view(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn)
-        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
-
-    def int4() -> Callable[[], Tensor]:
-        packed = torch._convert_weight_to_int4pack(codes.view(torch.uint8)[:, : inputs // 2].contiguous(), 8)
-        scales = torch.ones(inputs // GROUP, outputs, 2, device=x.device, dtype=torch.bfloat16)
-        return lambda: torch._weight_int4pack_mm(x, packed, GROUP, scales)
-
-    def semi_structured() -> Callable[[], Tensor]:
-        from torch.sparse import to_sparse_semi_structured
-
-        mask = torch.tensor([1, 1, 0, 0], device=x.device, dtype=torch.bool).repeat(outputs, inputs // 4)
-        sparse = to_sparse_semi_structured(w * mask)
-        return lambda: torch.nn.functional.linear(x, sparse)
-
-    rows: dict[str, Callable[[], Callable[[], object]]] = {
-        "torch bf16": lambda: lambda: x @ w.t(),
-        "torch int8 (_int_mm, 32 rows at least)": lambda: lambda: torch._int_mm(q, codes.t()),
-        "torch fp8 (_scaled_mm, 16 rows at least)": lambda: scaled,
-        "torch int4 (_weight_int4pack_mm)": int4,
-        "torch 2:4": semi_structured,
-        "torchao int4": lambda: _torchao(w, x),
-    }
-    for name, make in rows.items():
-        row = {"format": name, "model": model, "outputs": outputs, "inputs": inputs, "rows": m}
-        try:
-            yield {**row, "seconds": measure(make())}
-        except Exception as error:
-            yield {**row, "seconds": None, "error": str(error).splitlines()[0][:200]}
-
-
-def _torchao(w: Tensor, x: Tensor) -> Callable[[], object]:
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
-
-    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=w.dtype)
-    quantize_(layer, Int4WeightOnlyConfig(group_size=GROUP))
-    return lambda: layer(x)
