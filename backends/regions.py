@@ -182,7 +182,9 @@ class RegionCompiler:
                 packed[PackedInput(layout, positions, tensor)] = value
         keys = tuple(packed)
         fakes = [node.meta.get("val") for node in inputs]
-        fakes = [_fake(value, mode) for value in fakes] + [_fake(packed[key], mode) for key in keys]
+        where = self.store.device
+        fakes = [_fake(value, mode, where) for value in fakes]
+        fakes += [_fake(packed[key], mode, where) for key in keys]
 
         def run(*arguments: Any) -> Any:
             given = dict(zip(keys, arguments[len(inputs) :], strict=True))
@@ -307,7 +309,8 @@ def _drop_unused_inputs(
     return [index for index in kept if index < n_values], [index for index in kept if index >= n_values]
 
 
-def _fake(value: Any, mode: FakeTensorMode | None) -> Any:
+def _fake(value: Any, mode: FakeTensorMode | None, device: torch.device) -> Any:
+    """A graph input as the compiler sees it; tensors of forms, known by shape only, lie on ``device``."""
     if isinstance(value, torch.SymInt) and value.node._expr != value.node.expr:
         # Found equal to another size since: Inductor would call the input by one symbol, its uses by another.
         return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
@@ -317,7 +320,7 @@ def _fake(value: Any, mode: FakeTensorMode | None) -> Any:
         return value
     if value.device.type == "meta":
         with mode:
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
     return mode.from_tensor(value, static_shapes=True)
 
 

@@ -59,6 +59,11 @@ class WeightStore:
             self._raw.clear()
         self._device = device
 
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are kept."""
+        return self._device or torch.device("cpu")
+
     def form(self, name: str) -> SiteForm | None:
         """The form of ``name``, with its tensors."""
         return self.state.forms.get(name)

@@ -178,6 +178,7 @@ class AttendForm:
             "value": HalfSource(self.value, self.value_width),
             "type": f"tl.{self.input}",
             "operand": ".to(tl.float32)" if interpreted() and self.input == "bfloat16" else "",
+            "magic": None if interpreted() else 0x6400 if self.input == "float16" else 0x4300,
         }
 
 

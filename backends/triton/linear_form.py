@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,8 @@ SCALE_DTYPES = {"float32": "*fp32", "bfloat16": "*bf16", "e8m0": "*u8", "e4m3": 
 ACTIVATIONS = (None, "int8")
 STORED_BITS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 """Width of a code → width it is stored with."""
+BLOCKS = (64, 128)
+"""Inputs a program may read at once."""
 _CODE_BITS = {"e4m3": (8,), "e5m2": (8,), "e2m1": (4,)}
 
 
@@ -55,6 +58,8 @@ class LinearForm:
     rank: int = 0
     family: ClassVar[str] = "linear"
     entry: ClassVar[str] = "linear"
+    chunk: ClassVar[int] = max(BLOCKS)
+    """Inputs are padded to a multiple of it."""
 
     def __post_init__(self) -> None:
         grouped, integers = self.scale == "group", self.activation is not None
@@ -96,41 +101,60 @@ class LinearForm:
         return STORED_BITS[self.bits]
 
     @property
-    def word(self) -> int:
-        """Bits of a word: so many that a chunk has at most eight planes."""
-        widths = {2: 8, 3: 8, 4: 16} if self.activation else {2: 16, 3: 8, 4: 32, 8: 32}
-        return widths[self.stored_bits]
-
-    @property
-    def step(self) -> int:
-        """Consecutive inputs of one plane: the depth of one matrix instruction."""
-        return 32 if self.activation else 16
-
-    @property
-    def chunk(self) -> int:
-        """Inputs of one chunk of words."""
-        return self.step * (self.word if self.stored_bits == 3 else self.word // self.stored_bits)
-
-    @property
     def words(self) -> int:
-        """Words of a chunk per output and place: 1, and 3 for codes of 3 bits."""
+        """Words of a thread and span: 1; for codes of 3 bits two of their lower bits, one of the third."""
         return 3 if self.stored_bits == 3 else 1
 
     @property
-    def pairs(self) -> int:
-        """Pairs of neighbouring planes in a word; they are decoded together."""
-        return self.word // 4 if self.stored_bits == 3 else self.word // self.stored_bits // 2
+    def span(self) -> int:
+        """Inputs that four neighbouring threads hold: steps of 16, four inputs of each a thread."""
+        return 128 if self.stored_bits == 3 else 128 // self.stored_bits
+
+    @property
+    def depth(self) -> int:
+        """Inputs of one tile of words."""
+        return 128 if self.stored_bits == 3 else 2 * self.span
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(word, shift) that bring two consecutive codes to the halves of a word, for all of one place."""
+        width = 2 if self.stored_bits == 3 else self.stored_bits
+        lower = range(2 if self.stored_bits == 3 else 1)
+        return [(word, shift) for word in lower for shift in range(0, 16, width)]
 
     @property
     def scale_place(self) -> str:
         """Where scales are applied.
 
-        ``"end"``, or once per ``"chunk"``, ``"pair"`` of planes, ``"plane"``, or ``"element"``.
+        ``"end"``, or once per ``"block"``, ``"step"`` of 16 inputs, or ``"element"``.
         """
         if self.scale != "group":
             return "end"
-        places = {"chunk": self.chunk, "pair": 2 * self.step, "plane": self.step}
-        return next((place for place, size in places.items() if self.group % size == 0), "element")
+        if any(self.group % size == 0 for size in self._blocks):
+            return "block"
+        return "step" if self.group % 16 == 0 else "element"
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        return tuple(size for size in BLOCKS if size % self.depth == 0)
+
+    @property
+    def block_k(self) -> tuple[int, ...]:
+        """Inputs a program may read at once."""
+        return tuple(size for size in self._blocks if self.scale_place != "block" or self.group % size == 0)
+
+    @property
+    def packed(self) -> bool:
+        """Whether two codes are decoded into one register of two 16-bit floats."""
+        narrow = self.bits < 8 or self.input == "float16"
+        return self.values == "int" and narrow and not interpreted()
+
+    @property
+    def magic(self) -> int:
+        """The number whose mantissa codes are put into."""
+        if not self.packed:
+            return 8388608 if self.values == "int" else 0
+        return 1024 if self.input == "float16" else 128
 
     @property
     def factor(self) -> float:
@@ -147,7 +171,7 @@ class LinearForm:
         value = DTYPES[self.input]
         found = [
             Argument("x_ptr", "*i8" if self.activation else f"*{value}", "[M, K]"),
-            Argument("words_ptr", f"*i{self.word}", f"[chunks · {self.words * self.step}, N]"),
+            Argument("words_ptr", "*i32", f"[tiles of 64 outputs, tiles of {self.depth} inputs, words]"),
         ]
         if self.scale != "none":
             found.append(
@@ -179,19 +203,40 @@ class LinearForm:
 
     def context(self) -> dict[str, Any]:
         """See :class:`~fxcompress.backends.triton.generator.AnyForm`."""
-        place = self.scale_place
+        kind, found = f"tl.{self.input}", [f"v{i}" for i in range(len(self.pairs))]
+        tables = {"int": ["offset"], "table": ["table_ptr"], "row-table": ["table_ptr", "n", "in_n"]}
+        more = tables.get(self.values, [])
+        levels = len(found).bit_length() - 1
         return {
             "dtype": DTYPES[self.input],
-            "type": f"tl.{self.input}",
+            "type": kind,
             "integers": self.activation is not None,
-            "place_of_scale": place,
-            "total": "part" if place == "chunk" else "acc",
+            "place_of_scale": self.scale_place,
+            "packed": self.packed,
+            "magic": self.magic,
+            "offset_type": kind if self.packed else "tl.float32",
+            "code_mask": f"0x{(1 << self.stored_bits) - 1:04X}{(1 << self.stored_bits) - 1:04X}",
+            "pairs": self.pairs,
+            "pair_parameters": ["word", *more],
+            "pair_arguments": ["word", *more],
+            "joined": _joined(found),
+            # [spans, thread, N, code of a pair, pairs' numbers bit by bit] → [spans, step, thread, pair of a
+            # step, code, N]: as a matrix instruction holds its second operand, so that no code moves.
+            "order": [0, *range(4, 3 + levels), 1, 3 + levels, 3, 2],
+            # Codes times a scale of few bits, rounded once: as the reference does.
+            "unscaled": isinstance(self, UnpackForm) and self.codes,
+            "multiplies": self.input == self.scale_dtype == "bfloat16" and not interpreted(),
             # Triton's interpreter multiplies the bits of bfloat16: it is given the same values in float32.
-            "operand": ".to(tl.float32)"
-            if interpreted() and self.input == "bfloat16" and not self.activation
-            else "",
+            "operand": ".to(tl.float32)" if interpreted() and self.input == "bfloat16" else "",
             "tensor_scale": " * tl.load(tensor_scale_ptr)" if self.tensor_scaled else "",
         }
+
+
+def _joined(values: Sequence[str]) -> str:
+    """Nested joins of tiles, an even number of times halved: the last dimension tells neighbours apart."""
+    if len(values) == 1:
+        return values[0]
+    return f"tl.join({_joined(values[::2])}, {_joined(values[1::2])})"
 
 
 @dataclass(frozen=True)
@@ -228,12 +273,29 @@ class ReduceForm:
 
 
 @dataclass(frozen=True)
-class GemvForm(LinearForm):
-    """The same for a single row of float activations: no matrix instructions, sums in registers."""
+class UnpackForm(LinearForm):
+    """The dense weight ``[N, K]`` of packed codes, for products of many rows.
 
-    family: ClassVar[str] = "gemv"
+    With int8 activations the codes less their zero-points, int8; else the weight in the activations' dtype.
+    """
+
+    family: ClassVar[str] = "unpack"
+    entry: ClassVar[str] = "unpack"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activation or self.rank or self.outliers:
-            raise BackendError("GemvForm: only float activations and a single term are supported.")
+        if self.rank or self.outliers or self.bias:
+            raise BackendError("UnpackForm: only the weight itself is unpacked.")
+
+    @property
+    def codes(self) -> bool:
+        """Whether codes are wanted, not the weight."""
+        return self.activation is not None
+
+    def arguments(self) -> list[Argument]:
+        """See :class:`~fxcompress.backends.triton.generator.AnyForm`."""
+        left_out = {"x_ptr", "x_scale_ptr", "y_ptr", "M", *(("scale_ptr",) if self.codes else ())}
+        found = [argument for argument in super().arguments() if argument.name not in left_out]
+        place = next(i for i, argument in enumerate(found) if not argument.name.endswith("_ptr"))
+        kind = "*i8" if self.codes else f"*{DTYPES[self.input]}"
+        return [*found[:place], Argument("y_ptr", kind, "[N, K]"), *found[place:]]

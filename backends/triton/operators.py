@@ -17,10 +17,9 @@ from fxcompress.backends.cpu.cached_form import HalfForm
 from fxcompress.backends.triton import attend as attention
 from fxcompress.backends.triton import tuning
 from fxcompress.backends.triton.cache_form import AttendForm, WriteForm
-from fxcompress.backends.triton.configs import Config, ProductForm, Shape, gemv_form, row_bucket
+from fxcompress.backends.triton.configs import ProductForm, Shape, row_bucket
 from fxcompress.backends.triton.generator import interpreted
 from fxcompress.backends.triton.launch import run_hadamard, run_product, run_quantize
-from fxcompress.backends.triton.linear_form import LinearForm
 from fxcompress.backends.triton.texts import form_of
 from fxcompress.cache_record import CacheRecord, from_text
 from fxcompress.errors import BackendError
@@ -53,22 +52,12 @@ def linear(x: Tensor, tensors: Sequence[Tensor], outputs: int, form: str) -> Ten
     shape = Shape(row_bucket(rows.shape[0]), outputs, rows.shape[1])
     if tuning.tuning_is_on() and tuning.Choices(device).get(kind, shape) is None:
         runs = [
-            partial(_product, kind, rows=rows, tensors=each, outputs=outputs)
+            partial(run_product, kind, x=rows, tensors=each, outputs=outputs)
             for each in tuning.copies(given, device, most=8)
         ]
         tuning.tune(kind, shape, device, runs)
-    y = _product(kind, tuning.choose(kind, shape, device), rows, given, outputs)
+    y = run_product(kind, tuning.choose(kind, shape, device), rows, given, outputs)
     return y.reshape(*x.shape[:-1], outputs)
-
-
-def _product(
-    form: ProductForm, config: Config, rows: Tensor, tensors: dict[str, Tensor], outputs: int
-) -> Tensor:
-    if config.gemv and isinstance(form, LinearForm):
-        single = gemv_form(form)
-        assert single is not None
-        return run_product(single, config, rows, tensors, outputs)
-    return run_product(form, config, rows, tensors, outputs)
 
 
 def _fake_linear(x: Tensor, tensors: Sequence[Tensor], outputs: int, form: str) -> Tensor:

@@ -1,11 +1,14 @@
-"""How packed codes lie for the product kernels: words of planes, outputs next to each other.
+"""How packed codes lie for the product kernels: so that every thread loads the codes it multiplies.
 
-    chunk of inputs → word (3 for codes of 3 bits) → place (step of them) → output
+A tile is 64 outputs by ``LinearForm.depth`` inputs, and its words lie in the order in which the threads of a
+program read them:
 
-A word holds codes of inputs that are ``step`` apart: plane p of a chunk is inputs ``p·step … (p+1)·step``,
-the operand of one matrix instruction. So a kernel reads every word once, and never moves a code from one lane
-to another. Neighbouring planes lie at the same bit of a word's halves: they are decoded together, and
-share a scale where groups have at least ``2·step`` inputs.
+    output / 8 modulo 4 → output modulo 8 → four threads → (span of inputs) → output / 32
+
+The four threads share a span of inputs: of every 16 inputs a thread holds four, as a matrix instruction wants
+its second operand. Of two neighbouring codes one lies in the lower half of a word, one at the same bit of the
+upper: a mask and an addition decode both into one register, as two 16-bit floats. Codes of 3 bits have three
+tiles, two of their lower bits and one of the third.
 """
 
 from __future__ import annotations
@@ -17,87 +20,84 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.backends.cpu.layouts import Layout, codes_matrix
-from fxcompress.backends.triton.linear_form import STORED_BITS
+from fxcompress.backends.triton.linear_form import STORED_BITS, LinearForm
 from fxcompress.forms import CodebookWeight, FloatWeight, QuantizedWeight
 
 __all__ = ["BytesLayout", "FloatWordsLayout", "WordsLayout", "pack_words", "unpack_words"]
 
-_WORDS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+TILE = 64
+"""Outputs of a tile of words."""
 
 
-def planes(bits: int, word: int) -> list[tuple[int, int]]:
-    """(word, bit) of every plane of codes of 2, 4 or 8 bits; for 3 bits, of their two lower bits."""
+def _places(bits: int) -> list[tuple[int, int, int | None]]:
+    """(word, bit, bit of the third word or None) of every code of a thread and span, in order."""
     width = 2 if bits == 3 else bits
-    count = word // width  # planes in a word
-    total = word if bits == 3 else count
-    return [(plane // count, width * (plane % count // 2) + plane % 2 * word // 2) for plane in range(total)]
+    found: list[tuple[int, int, int | None]] = []
+    for word in range(2 if bits == 3 else 1):
+        for shift in range(0, 16, width):
+            high = 8 * word + shift // 2 if bits == 3 else None
+            found += [(word, shift + up, None if high is None else high + up) for up in (0, 16)]
+    return found
 
 
-def high_bit(plane: int, word: int) -> int:
-    """Place of the third bit of a plane in the last word: in the same half as the lower bits."""
-    which, place = divmod(plane, word // 2)
-    return word // 4 * which + place // 2 + word // 2 * (place % 2)
+def _shape(bits: int) -> tuple[int, int]:
+    """Spans of a tile, and steps of 16 inputs of a span."""
+    return (1, 8) if bits == 3 else (2, 8 // bits)
 
 
-def pack_words(codes: Tensor, bits: int, word: int, step: int) -> Tensor:
-    """Words ``[chunks · words · step, N]`` of codes ``[N, K]`` uint8; K is padded with zeros to whole chunks.
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Words ``[tiles of outputs, tiles of inputs, words of a tile]`` int32 of codes ``[N, K]`` uint8.
+
+    Outputs are padded with zeros to whole tiles, inputs to a multiple of ``LinearForm.chunk``.
 
     Args:
         codes: Values below ``2**bits``.
         bits: 2, 3, 4 or 8.
-        word: 8, 16 or 32.
-        step: Inputs per plane.
     """
     rows, columns = codes.shape
-    places = planes(bits, word)
-    chunk = step * len(places)
-    padded = F.pad(codes, (0, -columns % chunk)).to(torch.int64)
-    parts = padded.view(rows, -1, len(places), step)  # [N, chunks, planes, step]
-    words = torch.zeros(3 if bits == 3 else 1, rows, parts.shape[1], step, dtype=torch.int64)
-    for plane, (which, bit) in enumerate(places):
-        code = parts[:, :, plane]
-        words[which] |= (code & 3 if bits == 3 else code) << bit
-        if bits == 3:
-            words[2] |= (code >> 2) << high_bit(plane, word)
-    wrapped = torch.where(words >= 1 << (word - 1), words - (1 << word), words).to(_WORDS[word])
-    return wrapped.permute(2, 0, 3, 1).reshape(-1, rows).contiguous()
+    padded = F.pad(codes, (0, -columns % LinearForm.chunk, 0, -rows % TILE)).to(torch.int64)
+    spans, steps = _shape(bits)
+    # [tile, output / 32, output / 8, output, tile, span, step, thread, code of a step]
+    parts = padded.view(padded.shape[0] // TILE, 2, 4, 8, -1, spans, steps, 4, 4)
+    parts = parts.permute(0, 4, 2, 3, 7, 5, 1, 6, 8).flatten(7)
+    words = torch.zeros(3 if bits == 3 else 1, *parts.shape[:-1], dtype=torch.int64, device=codes.device)
+    for place, (word, bit, high) in enumerate(_places(bits)):
+        code = parts[..., place]
+        words[word] |= (code & 3 if bits == 3 else code) << bit
+        if high is not None:
+            words[2] |= (code >> 2) << high
+    wrapped = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    return wrapped.permute(1, 2, 0, 3, 4, 5, 6, 7).flatten(2).contiguous()
 
 
-def unpack_words(words: Tensor, bits: int, word: int, step: int, columns: int) -> Tensor:
-    """Inverse of :func:`pack_words`: codes ``[N, columns]`` uint8."""
-    count, rows = 3 if bits == 3 else 1, words.shape[1]
-    parts = words.to(torch.int64).view(-1, count, step, rows) & ((1 << word) - 1)
+def unpack_words(words: Tensor, bits: int, rows: int, columns: int) -> Tensor:
+    """Inverse of :func:`pack_words`: codes ``[rows, columns]`` uint8."""
+    spans, _ = _shape(bits)
+    whole = words.to(torch.int64) & 0xFFFFFFFF
+    parts = whole.view(*words.shape[:2], 3 if bits == 3 else 1, 4, 8, 4, spans, 2)
     found = []
-    for plane, (which, bit) in enumerate(planes(bits, word)):
-        code = parts[:, which] >> bit & (3 if bits == 3 else (1 << bits) - 1)
-        if bits == 3:
-            code = code | (parts[:, 2] >> high_bit(plane, word) & 1) << 2
-        found.append(code)
-    whole = torch.stack(found, dim=1)  # [chunks, planes, step, N]
-    return whole.permute(3, 0, 1, 2).reshape(rows, -1)[:, :columns].to(torch.uint8)
+    for word, bit, high in _places(bits):
+        code = parts[:, :, word] >> bit & (3 if bits == 3 else (1 << bits) - 1)
+        found.append(code if high is None else code | (parts[:, :, 2] >> high & 1) << 2)
+    codes = torch.stack(found, -1).unflatten(-1, (-1, 4))  # [tile, tile, 4, 8, thread, span, 2, step, code]
+    order = codes.permute(0, 6, 2, 3, 1, 5, 7, 4, 8)
+    return order.reshape(TILE * words.shape[0], -1)[:rows, :columns].to(torch.uint8)
 
 
 class WordsLayout(Layout):
     """Words, and scales and zero-points with outputs next to each other.
 
-    ``words: [chunks · words · step, N]`` int8, int16 or int32; ``scale: [G, N]`` in the form's dtype;
-    ``zero: [G, N]`` uint8, absent when symmetric; ``table: [2**bits]`` float32 or ``[N, 2**bits]`` bfloat16
-    for codes that index a table.
-
-    Args:
-        word: Bits of a word.
-        step: Inputs per plane.
+    ``words`` int32, see :func:`pack_words`; ``scale: [G, N]`` in the form's dtype; ``zero: [G, N]`` uint8,
+    absent when symmetric; ``table: [2**bits]`` float32 or ``[N, 2**bits]`` bfloat16, where codes index one.
     """
 
-    def __init__(self, word: int, step: int) -> None:
-        self.word, self.step = word, step
-        self.name = f"triton-words{word}x{step}"  # type: ignore[misc]
+    name = "triton-words"
 
     def pack(self, terms: Sequence[QuantizedWeight | CodebookWeight]) -> dict[str, Tensor]:
         """See :meth:`Layout.pack`."""
         first = terms[0]
         codes = torch.cat([codes_matrix(term) for term in terms])  # type: ignore[arg-type]
-        found = {"words": pack_words(codes, STORED_BITS[first.bits], self.word, self.step)}
+        found = {"words": pack_words(codes, STORED_BITS[first.bits])}
         if isinstance(first, CodebookWeight):
             tables = [term.table for term in terms if isinstance(term, CodebookWeight)]
             found["table"] = torch.cat([t[0] for t in tables]) if first.per_row else first.table.reshape(-1)
@@ -111,22 +111,15 @@ class WordsLayout(Layout):
 
 
 class FloatWordsLayout(Layout):
-    """Words of 8-bit floats: ``words`` as in :class:`WordsLayout`, ``scale: [1, N]`` float32.
+    """Words of 8-bit floats: ``words`` as in :class:`WordsLayout`, ``scale: [1, N]`` float32."""
 
-    Args:
-        word: Bits of a word.
-        step: Inputs per plane.
-    """
-
-    def __init__(self, word: int, step: int) -> None:
-        self.word, self.step = word, step
-        self.name = f"triton-float-words{word}x{step}"  # type: ignore[misc]
+    name = "triton-float-words"
 
     def pack(self, terms: Sequence[FloatWeight]) -> dict[str, Tensor]:  # type: ignore[override]
         """See :meth:`Layout.pack`; scales are per row or matrix."""
         codes = torch.cat([term.codes[0].view(torch.uint8) for term in terms])
         scale = torch.cat([term.scale[0].expand(term.codes.shape[1], -1) for term in terms])
-        words = pack_words(codes, 8, self.word, self.step)
+        words = pack_words(codes, 8)
         return {"words": words, "scale": scale.t().contiguous()}
 
 

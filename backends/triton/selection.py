@@ -28,9 +28,9 @@ _LARGEST_SUM = (1 << 31) - 1
 
 
 @functools.cache
-def words_layout(word: int, step: int) -> WordsLayout:
-    """The layout; one object each, which packed tensors are found by."""
-    return WordsLayout(word, step)
+def words_layout() -> WordsLayout:
+    """The layout; one object, which packed tensors are found by."""
+    return WordsLayout()
 
 
 @functools.cache
@@ -50,7 +50,7 @@ class GeneratedWords(BiasKernel):
     def __init__(self, form: LinearForm, device: Device) -> None:
         self.form, self.device = form, device
         self.name = f"triton {form.title}"
-        self.layout: Layout = words_layout(form.word, form.step)
+        self.layout: Layout = words_layout()
 
     def refuses(self, spec: LinearSpec) -> str | None:
         """Made for one use, which it serves."""
@@ -152,8 +152,10 @@ def call(form: configs.ProductForm, x: Tensor, named: dict[str, Tensor], outputs
 def _described(form: configs.ProductForm, spec: LinearSpec, device: Device) -> str:
     rows = configs.row_bucket(spec.tokens or configs.BUCKETS[-1])
     config = choose(form, configs.Shape(rows, spec.rows, spec.columns), device)
-    kind = "gemv" if config.gemv else "split-K gemm" if config.splits > 1 else "gemm"
+    kind = "split-K gemm" if config.splits > 1 else "gemm"
     tiles = f"{config.block_m}×{config.block_n}" + (f"×{config.splits} splits" if config.splits > 1 else "")
+    if config.unpacked:
+        kind, tiles = "unpacked, then a dense product;", f"{config.block_n}×{config.block_k}"
     return f"triton {form.title} ({kind} {tiles}, up to {rows} rows)"
 
 

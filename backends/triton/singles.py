@@ -79,7 +79,7 @@ def _float_words(weight: fx.Node) -> tuple[ProductForm, Layout, fx.Node, int] | 
     if len(shape) != 2 or list(perm) != [0, 1] or block_rows > 1 or block_columns or dtype not in DTYPES:
         return None
     form = LinearForm(KINDS[_value(codes).dtype], 8, False, "row", 0, "float32", dtype)
-    return form, _float_layout(form.word, form.step), codes, int(shape[0])
+    return form, _float_layout(), codes, int(shape[0])
 
 
 def _sparse_floats(weight: fx.Node) -> tuple[ProductForm, Layout, fx.Node, int] | None:
@@ -114,8 +114,8 @@ DEQUANTIZERS = tuple(_READERS)
 
 
 @functools.cache
-def _float_layout(word: int, step: int) -> FloatWordsLayout:
-    return FloatWordsLayout(word, step)
+def _float_layout() -> FloatWordsLayout:
+    return FloatWordsLayout()
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ def infer_values(graph: fx.Graph) -> None:
     Blocks are cut wherever a graph repeats, so any value may become the input of a compiled block and must
     have a type. Equal calls on equal types are computed once: all layers of a model share one computation.
     """
-    mode = fake_mode_of([node.meta.get("val") for node in graph.nodes])
+    values = [node.meta.get("val") for node in graph.nodes]
+    mode = fake_mode_of(values)
     if mode is None:
         return
+    faked = _Faked(mode, device_of(values))
     known: dict[Any, Any] = {}
     # Some ops compute their type with operators on symbolic sizes, which only Python's dispatcher serves.
     with mode, enable_python_dispatcher(), torch.no_grad():
@@ -36,7 +38,7 @@ def infer_values(graph: fx.Graph) -> None:
                 args, kwargs = fx.node.map_arg(
                     (node.args, node.kwargs), lambda source: source.meta.get("val")
                 )
-                args, kwargs = pytree.tree_map_only(Tensor, _Faked(mode), (args, kwargs))
+                args, kwargs = pytree.tree_map_only(Tensor, faked, (args, kwargs))
                 known[key] = node.target(*args, **kwargs)
             # A tensor of its own: tracers tell values apart by identity.
             node.meta["val"] = pytree.tree_map_only(Tensor, _another, known[key])
@@ -46,16 +48,27 @@ def _another(value: Tensor) -> Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
-class _Faked:
-    """Puts plain meta tensors (of forms) into the graph's fake mode."""
+def device_of(values: Sequence[Any]) -> torch.device:
+    """Where a graph with these values computes: on the first CUDA device among them, else the CPU."""
+    devices = (value.device for value in values if isinstance(value, Tensor))
+    return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self.mode = mode
+
+class _Faked:
+    """Puts plain meta tensors (of forms) into the graph's fake mode, where they will lie.
+
+    Args:
+        mode: The mode, active.
+        device: Of the graph.
+    """
+
+    def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
+        self.mode, self.device = mode, device
 
     def __call__(self, value: Tensor) -> Tensor:
         if isinstance(value, FakeTensor):
             return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=self.device)
 
 
 class _Text(str):

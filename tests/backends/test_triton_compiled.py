@@ -12,7 +12,7 @@ from fxcompress.backends.triton.bytes_form import BytesForm
 from fxcompress.backends.triton.cache_form import AttendForm, WriteForm, merge_arguments
 from fxcompress.backends.triton.compilation import CompiledKernel, compile_kernel
 from fxcompress.backends.triton.generator import interpreted
-from fxcompress.backends.triton.linear_form import GemvForm, LinearForm, ReduceForm
+from fxcompress.backends.triton.linear_form import LinearForm, ReduceForm, UnpackForm
 from fxcompress.backends.triton.row_forms import HadamardForm, QuantizeForm
 from fxcompress.backends.triton.sparse_form import SparseForm
 
@@ -32,9 +32,11 @@ class Variant(NamedTuple):
 
 
 BOTH = (80, 90)
-SMALL = {"BLOCK_M": 16, "BLOCK_N": 64, "SPLITS": 1, "SCALE_WEIGHT": False}
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLITS": 1, "SCALE_WEIGHT": False}
 SPLIT = {**SMALL, "SPLITS": 4}
-LARGE = {"BLOCK_M": 64, "BLOCK_N": 128, "SPLITS": 1, "SCALE_WEIGHT": True}
+DEEP = {**SMALL, "BLOCK_K": 128}
+LARGE = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "SPLITS": 1, "SCALE_WEIGHT": True}
+WHOLE = {"BLOCK_N": 64, "BLOCK_K": 128, "SCALE_WEIGHT": True, "STEPS": 4}
 TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8}
 HALF_C = HalfForm(4, "channel", 64, 0, 64, 0, False)
 HALF_T = HalfForm(4, "token", 0, 0, 1, 0, False)
@@ -47,7 +49,7 @@ def linear(*fields: Any, **more: Any) -> LinearForm:
 
 
 VARIANTS = (
-    # W4A16: one scale per chunk, after and before the product; per pair of planes, plane, element and row.
+    # W4A16: one scale per block, after and before the product; per place of words, element and row.
     Variant(linear("int", 4, True, "group", 128, "bfloat16", "float16"), SMALL, BOTH),
     Variant(linear("int", 4, True, "group", 128, "bfloat16", "float16"), LARGE, BOTH, "wgmma"),
     Variant(linear("int", 4, True, "group", 64, "bfloat16", "bfloat16", bias=True), SMALL, (80,)),
@@ -55,11 +57,11 @@ VARIANTS = (
     Variant(linear("int", 4, True, "group", 20, "bfloat16", "float16"), SMALL, (80,), stages=2),
     Variant(linear("int", 4, False, "row", 0, "float32", "float16"), SPLIT, (90,), aligned=False),
     # Other widths and values.
-    Variant(linear("int", 2, True, "group", 128, "bfloat16", "float16"), SMALL, (90,)),
-    Variant(linear("int", 3, True, "group", 128, "bfloat16", "bfloat16"), SMALL, (80,)),
+    Variant(linear("int", 2, True, "group", 128, "bfloat16", "float16"), DEEP, (90,)),
+    Variant(linear("int", 3, True, "group", 128, "bfloat16", "bfloat16"), DEEP, (80,)),
     Variant(linear("int", 8, True, "group", 128, "bfloat16", "bfloat16"), SMALL, (90,)),
     Variant(linear("table", 4, False, "group", 64, "bfloat16", "bfloat16"), SMALL, (90,), stages=2),
-    Variant(linear("row-table", 3, False, "none", 0, "float32", "float16"), SMALL, (80,), stages=2),
+    Variant(linear("row-table", 3, False, "none", 0, "float32", "float16"), DEEP, (80,), stages=2),
     Variant(linear("e4m3", 8, False, "row", 0, "float32", "bfloat16"), SMALL, (90,)),
     Variant(linear("e5m2", 8, False, "group", 32, "e8m0", "float16"), SMALL, (80,)),
     Variant(linear("e2m1", 4, False, "group", 32, "e8m0", "bfloat16"), SMALL, (80,), stages=2),
@@ -67,21 +69,15 @@ VARIANTS = (
     # Second terms in the same kernel.
     Variant(linear("int", 4, True, "group", 128, "bfloat16", "float16", outliers=True), SMALL, (90,)),
     Variant(linear("int", 4, True, "group", 128, "bfloat16", "bfloat16", rank=32), SMALL, (80,), stages=2),
-    # W4A8 and its relatives; one row; the sum of a split product.
+    # W4A8 and its relatives; weights unpacked for many rows; the sum of a split product.
     Variant(
         linear("int", 4, False, "group", 128, "bfloat16", "float16", "int8"), {**LARGE, "BLOCK_N": 64}, BOTH
     ),
-    Variant(linear("int", 3, True, "group", 32, "bfloat16", "float16", "int8"), SMALL, (80,), stages=2),
-    Variant(linear("int", 2, True, "row", 0, "float32", "bfloat16", "int8"), SMALL, (90,)),
-    Variant(
-        GemvForm("int", 4, True, "group", 128, "bfloat16", "float16"), {"BLOCK_N": 64, "SPLITS": 4}, BOTH, ""
-    ),
-    Variant(
-        GemvForm("int", 3, False, "group", 32, "bfloat16", "bfloat16"),
-        {"BLOCK_N": 64, "SPLITS": 1},
-        (90,),
-        "",
-    ),
+    Variant(linear("int", 3, True, "group", 32, "bfloat16", "float16", "int8"), DEEP, (80,), stages=2),
+    Variant(linear("int", 2, True, "row", 0, "float32", "bfloat16", "int8"), DEEP, (90,)),
+    Variant(UnpackForm("int", 4, True, "group", 128, "bfloat16", "bfloat16"), WHOLE, BOTH, ""),
+    Variant(UnpackForm("int", 3, False, "group", 32, "bfloat16", "float16", "int8"), WHOLE, (90,), ""),
+    Variant(UnpackForm("e2m1", 4, False, "group", 16, "e4m3", "bfloat16"), WHOLE, (80,), ""),
     Variant(ReduceForm("float16", True), {"BLOCK": 1024}, BOTH, ""),
     # Bytes: integers and 8-bit floats, per token × per channel and in blocks.
     Variant(BytesForm("int8", False, 1, 0, 0, "bfloat16"), TILE, BOTH, "wgmma"),
@@ -179,7 +175,15 @@ def test_matrix_instructions_take_the_operands_they_should() -> None:
     integers = compile_kernel(BytesForm("int8", False, 1, 0, 0, "bfloat16"), TILE, 80)
     assert ".s8.s8.s32" in integers.ptx
     narrow = compile_kernel(linear("int", 4, False, "group", 128, "bfloat16", "float16", "int8"), SMALL, 80)
-    assert ".s8.s8.s32" in narrow.ptx
+    assert ".f16.f16" in narrow.ptx  # both kinds of codes are exact in float16
+
+
+def test_two_codes_are_decoded_by_a_mask_and_an_addition() -> None:
+    for dtype, addition in (("bfloat16", "fma.rn.bf16x2"), ("float16", "add.rn.f16x2")):
+        form = linear("int", 4, True, "group", 128, "bfloat16", dtype)
+        found = compile_kernel(form, SMALL, 90)
+        pairs = SMALL["BLOCK_N"] * SMALL["BLOCK_K"] // 2 // 128  # of a thread
+        assert found.ptx.count(addition) == pairs
 
 
 def test_a_tensor_of_more_elements_than_32_bits_has_wide_sizes() -> None:

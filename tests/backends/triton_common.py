@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxcompress.backends.triton.configs import Config
+from fxcompress.backends.triton.linear_form import LinearForm
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CLOSE = {"float16": 2e-3, "bfloat16": 1.5e-2}
@@ -40,11 +41,21 @@ def random_codes(*shape: int, bits: int, seed: int = 0) -> Tensor:
 def assert_close(found: Tensor, expected: Tensor, dtype: str, what: object = "") -> None:
     assert found.shape == expected.shape
     error = (found.float() - expected).norm() / expected.norm().clamp_min(1e-20)
-    assert error < CLOSE[dtype], f"{what}: {float(error):.2e}"
+    shown = f" ({found.tolist()} for {expected.tolist()})" if found.numel() < 4 else ""
+    assert error < CLOSE[dtype], f"{what}: {float(error):.2e}{shown}"
 
 
-def config(splits: int = 1, *, scale_weight: bool = False, block_m: int = 16) -> Config:
-    return Config(block_m, 32, 32, splits, 4, 2, scale_weight)
+def config(
+    splits: int = 1, *, scale_weight: bool = False, form: LinearForm | None = None, block_k: int = 64
+) -> Config:
+    """The smallest tiles; of a form with words, or ``block_k`` inputs."""
+    block_k = block_k if form is None else form.block_k[0]
+    return Config(16, 64, block_k, splits, 4, 2, scale_weight)
+
+
+def unpacked(form: LinearForm) -> Config:
+    """The weight unpacked first."""
+    return Config(0, 64, max(form.block_k), 1, 4, 1, True, True)
 
 
 def unaligned(x: Tensor) -> Tensor:

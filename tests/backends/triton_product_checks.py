@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxcompress.backends.triton.bytes_form import BytesForm
-from fxcompress.backends.triton.configs import gemv_form
 from fxcompress.backends.triton.launch import run_product
 from fxcompress.backends.triton.linear_form import LinearForm
 from fxcompress.backends.triton.packing import FloatWordsLayout, WordsLayout, pack_words
@@ -34,6 +33,7 @@ from tests.backends.triton_common import (
     random_codes,
     rows,
     unaligned,
+    unpacked,
 )
 
 
@@ -55,17 +55,15 @@ def check_codes(m: int, n: int, k: int, bits: int, group: int, dtype: str, zero:
     term = quantize_to_term(w, WeightLayout.rows(w.shape), IntFormat(bits, not zero, group))
     scale = ("group", group, "bfloat16") if group else ("row", 0, "float32")
     form = LinearForm("int", bits, zero, *scale, dtype, bias=flag)
-    packed = WordsLayout(form.word, form.step).pack([term])
+    packed = WordsLayout().pack([term])
     x, bias = random(m, k, seed=1).to(DTYPES[dtype]), random(n, seed=2).to(DTYPES[dtype])
     expected = x.float() @ term.dense(torch.float32).T + (bias.float() if flag else 0)
     tensors = {**packed, "bias": bias}
     for splits, weight in ((1, False), (1, True), (3, flag)):
-        found = run_product(form, config(splits, scale_weight=weight), unaligned(x), tensors, n)
+        found = run_product(form, config(splits, scale_weight=weight, form=form), unaligned(x), tensors, n)
         assert_close(found, expected, dtype, (form.title, splits, weight))
-    single = gemv_form(form)
-    assert single is not None
-    found = run_product(single, config(2), x[:1], tensors, n)
-    assert_close(found, expected[:1], dtype, single.title)
+    found = run_product(form, unpacked(form), x, tensors, n)
+    assert_close(found, expected, dtype, (form.title, "unpacked"))
 
 
 @few
@@ -77,10 +75,12 @@ def check_codes_with_bytes(m: int, n: int, k: int, bits: int, group: int, dtype:
     term = quantize_to_term(w, WeightLayout.rows(w.shape), IntFormat(bits, not zero, group))
     scale = ("group", group, "bfloat16") if group else ("row", 0, "float32")
     form = LinearForm("int", bits, zero, *scale, dtype, "int8")
-    packed = WordsLayout(form.word, form.step).pack([term])
+    packed = WordsLayout().pack([term])
     q, x_scale = torch.ops.fxcompress.quantize_per_token(random(m, k, seed=1), 8)
-    found = run_product(form, config(), q, {**packed, "x_scale": x_scale}, n)
-    assert_close(found, (q.float() * x_scale) @ term.dense(torch.float32).T, dtype, form.title)
+    expected = (q.float() * x_scale) @ term.dense(torch.float32).T
+    for how in (config(form=form), unpacked(form)):
+        found = run_product(form, how, q, {**packed, "x_scale": x_scale}, n)
+        assert_close(found, expected, dtype, (form.title, how.unpacked))
 
 
 @few
@@ -101,8 +101,8 @@ def check_tables(m: int, n: int, k: int, group: int, dtype: str, per_row: bool) 
         "row-table" if per_row else "table", bits, False, *how, "bfloat16" if group else "float32", dtype
     )
     x = random(m, k, seed=1).to(DTYPES[dtype])
-    packed = WordsLayout(form.word, form.step).pack([term])
-    found = run_product(form, config(2), x, packed, n)
+    packed = WordsLayout().pack([term])
+    found = run_product(form, config(2, form=form), x, packed, n)
     assert_close(found, x.float() @ term.dense(torch.float32).T, dtype, form.title)
 
 
@@ -114,8 +114,10 @@ def check_small_floats(m: int, n: int, k: int, kind: str, dtype: str, emulated: 
     term = quantize_to_float_term(w, WeightLayout.rows(w.shape), FloatFormat(kind))
     form = LinearForm(kind, 8, False, "row", 0, "float32", dtype)
     x = random(m, k, seed=1).to(DTYPES[dtype])
-    packed = FloatWordsLayout(form.word, form.step).pack([term])
-    assert_close(run_product(form, config(), x, packed, n), x.float() @ term.dense(torch.float32).T, dtype)
+    packed = FloatWordsLayout().pack([term])
+    assert_close(
+        run_product(form, config(form=form), x, packed, n), x.float() @ term.dense(torch.float32).T, dtype
+    )
     blocked = FloatFormat(kind, 128, 128) if blocks else FloatFormat(kind)
     term = quantize_to_float_term(w, WeightLayout.rows(w.shape), blocked)
     size = 32 if blocks else 0
@@ -123,7 +125,7 @@ def check_small_floats(m: int, n: int, k: int, kind: str, dtype: str, emulated: 
     both = BytesForm(kind, False, 128 if blocks else 1, 128 if blocks else 0, size, dtype, False, emulated)
     tensors = {"w": term.codes[0], "scale": term.scale[0].t().contiguous(), "x_scale": x_scale}
     value = q.float() * x_scale.repeat_interleave(size or k, 1)[:, :k]
-    found = run_product(both, config(), q, tensors, n)
+    found = run_product(both, config(block_k=32), q, tensors, n)
     assert_close(found, value @ term.dense(torch.float32).T, dtype, both.title)
 
 
@@ -151,7 +153,7 @@ def check_bytes(m: int, n: int, k: int, group: int, dtype: str, zero: bool) -> N
     tensors = {"w": packed["values"], "scale": packed["scale"], "x_scale": x_scale, "bias": bias}
     tensors.update({"zero": packed["zero"]} if zero else {})
     expected = (q.float() * x_scale) @ term.dense(torch.float32).T + bias.float()
-    assert_close(run_product(form, config(), q, tensors, n), expected, dtype, form.title)
+    assert_close(run_product(form, config(block_k=32), q, tensors, n), expected, dtype, form.title)
 
 
 @few
@@ -173,10 +175,10 @@ def check_block_formats(m: int, n: int, blocks: int, dtype: str, kind: str) -> N
     else:
         scale = torch.exp2(raw.float() - 127)
     form = LinearForm(values, bits, False, "group", group, scale_dtype, dtype)
-    tensors["words"] = pack_words(codes, form.stored_bits, form.word, form.step)
+    tensors["words"] = pack_words(codes, form.stored_bits)
     x = random(m, k, seed=1).to(DTYPES[dtype])
     expected = x.float() @ (plain * scale.T.repeat_interleave(group, 1)).T
-    assert_close(run_product(form, config(), x, tensors, n), expected, dtype, form.title)
+    assert_close(run_product(form, config(form=form), x, tensors, n), expected, dtype, form.title)
 
 
 _E2M1 = torch.tensor([s * v for s in (1, -1) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
@@ -226,8 +228,8 @@ def check_second_terms(m: int, n: int, k: int, dtype: str, count: int, splits: b
     columns = random(k, seed=2).argsort()[:count].sort().values
     values = random(n, count, seed=3).to(DTYPES[dtype])
     form = LinearForm("int", 4, True, *scale, dtype, outliers=True)
-    packed = WordsLayout(form.word, form.step).pack([term])
-    how = config(3 if splits else 1)
+    packed = WordsLayout().pack([term])
+    how = config(3 if splits else 1, form=form)
     found = run_product(form, how, x, {**packed, "columns": columns, "values": values}, n)
     assert_close(found, dense + x[:, columns].float() @ values.float().T, dtype, form.title)
     v, u = random(count, k, seed=4).to(DTYPES[dtype]), random(n, count, seed=5).to(DTYPES[dtype])

@@ -66,6 +66,7 @@ def products(device: Any, options: argparse.Namespace, clock: Clock) -> Iterator
     import torch
 
     from fxcompress.backends.triton import configs, tuning
+    from fxcompress.backends.triton.launch import run_product
     from tests.benchmarks import gpu_formats, gpu_peers
 
     known = tuning.current_device(device)
@@ -78,7 +79,7 @@ def products(device: Any, options: argparse.Namespace, clock: Clock) -> Iterator
                 continue
             form, given, tensors = gpu_formats.FORMATS[name](x, outputs)
             runs = [
-                partial(gpu_formats.run, form, x=given, tensors=each, outputs=outputs)
+                partial(run_product, form, x=given, tensors=each, outputs=outputs)
                 for each in tuning.copies(tensors, known)
             ]
             tried = tuning.tune(form, shape, known, runs, options.most) if options.tune else []

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fxcompress.backends.triton import configs, tuning
+from fxcompress.backends.triton.launch import run_product
 from tests.benchmarks import gpu, gpu_formats
 
 OUTPUTS, INPUTS = 1024, 2048
@@ -33,15 +34,11 @@ def jobs(options: argparse.Namespace, device: Any) -> Iterator[tuple[str, int, c
             shape = configs.Shape(configs.row_bucket(rows), outputs, inputs)
             wanted = configs.ranked(form, shape, known)[: options.most if options.tune else 1]
             for config in wanted:
-                constants = tuple(config.constants(_form(form, config)).items())
+                constants = tuple(config.constants(form).items())
                 key = (name, min(rows, 16), constants, config.warps, config.stages)
                 if key not in seen:
                     seen.add(key)
                     yield name, rows, config
-
-
-def _form(form: Any, config: configs.Config) -> Any:
-    return configs.gemv_form(form) if config.gemv else form
 
 
 def main() -> None:
@@ -57,7 +54,7 @@ def main() -> None:
         x = torch.randn(rows, INPUTS, device=device, dtype=torch.bfloat16)
         form, given, tensors = gpu_formats.FORMATS[name](x, OUTPUTS)
         try:
-            gpu_formats.run(form, config, given, tensors, OUTPUTS)
+            run_product(form, config, given, tensors, OUTPUTS)
         except Exception as error:
             failed[f"{name} {rows} {config}"] = str(error).splitlines()[0][:200]
     sys.stdout.write(json.dumps({"compiled": len(mine), "failed": failed}) + "\n")

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from fxcompress.backends.triton.bytes_form import BytesForm
-from fxcompress.backends.triton.configs import Config, gemv_form
-from fxcompress.backends.triton.launch import run_product
 from fxcompress.backends.triton.linear_form import LinearForm
 from fxcompress.backends.triton.sparse_form import SparseForm
 
@@ -22,10 +20,10 @@ def words(form: LinearForm, x: Tensor, outputs: int) -> dict[str, Tensor]:
     """Random codes and scales of a form."""
     chunks, device = -(-x.shape[1] // form.chunk), x.device
     groups = -(-x.shape[1] // form.group) if form.group else 1
-    count = chunks * form.words * form.step
-    dtype = {8: torch.int8, 16: torch.int16, 32: torch.int32}[form.word]
-    info = torch.iinfo(dtype)
-    found = {"words": torch.randint(info.min, info.max, (count, outputs), dtype=dtype, device=device)}
+    tiles = -(-outputs // 64), chunks * form.chunk // form.depth, 768 if form.words == 3 else 512
+    info = torch.iinfo(torch.int32)
+    words = torch.randint(info.min, info.max, tiles, dtype=torch.int32, device=device)
+    found = {"words": words}
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(form.scale_dtype)
     scale = torch.full((groups, outputs), 0.01, device=device)
     found["scale"] = scale.to(kind) if kind else torch.full_like(scale, 120).to(torch.uint8)
@@ -90,10 +88,3 @@ FORMATS: dict[str, Callable[[Tensor, int], Made]] = {
     "mxfp4": _words(LinearForm("e2m1", 4, False, "group", 32, "e8m0", "bfloat16")),
     "2:4 generated": _sparse,
 }
-
-
-def run(form: Any, config: Config, x: Tensor, tensors: dict[str, Tensor], outputs: int) -> Tensor:
-    """The product with a configuration."""
-    if config.gemv:
-        form = gemv_form(form)
-    return run_product(form, config, x, tensors, outputs)

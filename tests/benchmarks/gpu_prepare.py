@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-SHARDS = 10
+SHARDS = 13
 """Processes that compile kernels of products."""
 
 
@@ -47,12 +47,12 @@ def prepare(
             )
         except subprocess.TimeoutExpired as error:
             said = error.stderr if isinstance(error.stderr, str) else (error.stderr or b"").decode()
-            return {"seconds": limit, "error": f"stopped after {limit:.0f} s\n{said[-1500:]}"}
+            return {"seconds": limit, "error": f"stopped after {limit:.0f} s\n{said[-4000:]}"}
         row: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
         try:
             return {**row, "found": json.loads(done.stdout.splitlines()[-1])}
         except (IndexError, ValueError):
-            return {**row, "error": done.stderr[-2500:]}
+            return {**row, "error": done.stderr[-6000:]}
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         return dict(zip(programs, pool.map(run, programs.values()), strict=True))
