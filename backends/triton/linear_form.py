@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -147,7 +148,12 @@ class LinearForm:
     def packed(self) -> bool:
         """Whether two codes are decoded into one register of two 16-bit floats."""
         narrow = self.bits < 8 or self.input == "float16"
-        return self.values == "int" and narrow and not interpreted()
+        return self.values == "int" and narrow and self.scale_place != "element" and not interpreted()
+
+    @property
+    def nibbles(self) -> bool:
+        """Whether codes of 4 bits are looked up in registers, byte by byte."""
+        return self.values in ("table", "e2m1") and self.bits == 4
 
     @property
     def magic(self) -> int:
@@ -181,8 +187,10 @@ class LinearForm:
             found.append(Argument("tensor_scale_ptr", "*fp32", "[1], of the whole weight"))
         if self.zero:
             found.append(Argument("zero_ptr", "*u8", "[groups, N]"))
-        if self.values == "table":
-            found.append(Argument("table_ptr", "*fp32", f"[{1 << self.bits}]"))
+        if self.values == "table" and self.nibbles:
+            found.append(Argument("table_ptr", "*i32", "[2, 8], bytes of bfloat16 and of float16"))
+        elif self.values == "table":
+            found.append(Argument("table_ptr", "*fp16", f"[{1 << self.bits}]"))
         if self.values == "row-table":
             found.append(Argument("table_ptr", "*bf16", f"[N, {1 << self.bits}]"))
         if self.activation:
@@ -214,6 +222,15 @@ class LinearForm:
             "place_of_scale": self.scale_place,
             "packed": self.packed,
             "magic": self.magic,
+            "last": "" if self.packed else ", 1",
+            "nibbles": self.nibbles,
+            "registers": self.nibbles and not interpreted(),
+            "halves": [f"h{i}" for i in range(8)],
+            "eight": ["word", *(f"t{i}" for i in range(8) if self.values == "table")],
+            "entries": [f"${9 + i}" for i in range(8)]
+            if self.values == "table"
+            else _bytes_of_floats(self.input),
+            "table_at": 0 if self.input == "bfloat16" else 8,
             "offset_type": kind if self.packed else "tl.float32",
             "code_mask": f"0x{(1 << self.stored_bits) - 1:04X}{(1 << self.stored_bits) - 1:04X}",
             "pairs": self.pairs,
@@ -230,6 +247,19 @@ class LinearForm:
             "operand": ".to(tl.float32)" if interpreted() and self.input == "bfloat16" else "",
             "tensor_scale": " * tl.load(tensor_scale_ptr)" if self.tensor_scaled else "",
         }
+
+
+def _bytes_of_floats(dtype: str) -> list[str]:
+    """Lower, then upper bytes of what codes of E2M1 stand for, less 2**14, in words of four."""
+    signs, sizes = (1.0, -1.0), (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    values = [sign * size / 16384 for sign in signs for size in sizes]
+    if dtype == "bfloat16":
+        bits = [struct.unpack("<I", struct.pack("<f", value))[0] >> 16 for value in values]
+    else:
+        bits = [struct.unpack("<H", struct.pack("<e", value))[0] for value in values]
+    parts = [[b >> shift & 255 for b in bits] for shift in (0, 8)]
+    words = [sum(part[4 * i + j] << 8 * j for j in range(4)) for part in parts for i in range(4)]
+    return [f"0x{word:08X}" for word in words]
 
 
 def _joined(values: Sequence[str]) -> str:

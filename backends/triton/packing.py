@@ -84,11 +84,34 @@ def unpack_words(words: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     return order.reshape(TILE * words.shape[0], -1)[:rows, :columns].to(torch.uint8)
 
 
+def shared_table(table: Tensor, bits: int) -> Tensor:
+    """A table as kernels read it.
+
+    Args:
+        table: ``[2**bits]`` float32.
+        bits: Of a code.
+
+    Returns:
+        For 4 bits ``[2, 8]`` int32: the lower bytes of all entries, then the upper ones, four to a word, of
+        bfloat16 and of float16. Else float16 as it is.
+    """
+    if bits != 4:
+        return table.half()
+    kinds = [table.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF for dtype in _KINDS]
+    both = torch.stack([torch.cat([kind & 255, kind >> 8]) for kind in kinds]).to(torch.uint8)  # [2, 32]
+    words: Tensor = both.contiguous().view(torch.int32)
+    return words
+
+
+_KINDS = (torch.bfloat16, torch.float16)
+
+
 class WordsLayout(Layout):
     """Words, and scales and zero-points with outputs next to each other.
 
     ``words`` int32, see :func:`pack_words`; ``scale: [G, N]`` in the form's dtype; ``zero: [G, N]`` uint8,
-    absent when symmetric; ``table: [2**bits]`` float32 or ``[N, 2**bits]`` bfloat16, where codes index one.
+    absent when symmetric; ``table`` where codes index one, see :func:`shared_table`,
+    or ``[N, 2**bits]`` bfloat16.
     """
 
     name = "triton-words"
@@ -100,7 +123,10 @@ class WordsLayout(Layout):
         found = {"words": pack_words(codes, STORED_BITS[first.bits])}
         if isinstance(first, CodebookWeight):
             tables = [term.table for term in terms if isinstance(term, CodebookWeight)]
-            found["table"] = torch.cat([t[0] for t in tables]) if first.per_row else first.table.reshape(-1)
+            if first.per_row:
+                found["table"] = torch.cat([t[0] for t in tables])
+            else:
+                found["table"] = shared_table(first.table.reshape(-1), first.bits)
         scales = [_rows(term.scale[0], term) for term in terms if term.scale is not None]
         if scales:
             found["scale"] = torch.cat(scales).t().contiguous()

@@ -186,6 +186,19 @@ def test_two_codes_are_decoded_by_a_mask_and_an_addition() -> None:
         assert found.ptx.count(addition) == pairs
 
 
+def test_codes_stay_in_the_threads_that_multiply_them() -> None:
+    """Between the words and the matrix instructions nothing goes through shared memory."""
+    for form in (
+        linear("int", 4, True, "group", 128, "bfloat16", "bfloat16"),
+        linear("int", 2, False, "row", 0, "float32", "float16"),
+        linear("int", 8, False, "row", 0, "float32", "float16"),
+    ):
+        block = {"BLOCK_K": form.block_k[-1], "BLOCK_N": 128}
+        found = compile_kernel(form, {**SMALL, **block}, 90, warps=2)
+        inside = found.ptx[found.ptx.index("mma.sync") :]
+        assert "st.shared" not in inside[: inside.rindex("mma.sync")]
+
+
 def test_a_tensor_of_more_elements_than_32_bits_has_wide_sizes() -> None:
     narrow = ReduceForm("float16", False)
     found = compile_kernel(narrow, {"BLOCK": 1024}, 80)

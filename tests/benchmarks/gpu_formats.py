@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxcompress.backends.triton.bytes_form import BytesForm
 from fxcompress.backends.triton.linear_form import LinearForm
+from fxcompress.backends.triton.packing import shared_table
 from fxcompress.backends.triton.sparse_form import SparseForm
 
 GROUP = 128
@@ -30,7 +31,7 @@ def words(form: LinearForm, x: Tensor, outputs: int) -> dict[str, Tensor]:
     if form.zero:
         found["zero"] = torch.randint(0, 16, (groups, outputs), dtype=torch.uint8, device=device)
     if form.values == "table":
-        found["table"] = torch.linspace(-1, 1, 1 << form.bits, device=device)
+        found["table"] = shared_table(torch.linspace(-1, 1, 1 << form.bits, device=device), form.bits)
     return found
 
 
