@@ -83,9 +83,8 @@ def ghost_copy(
             dense = nn.Parameter(value, requires_grad=False)
             dense._fxcompress_dense = GhostTag(owner, name)  # type: ignore[attr-defined]
             memo[id(parameter)] = dense
-    clone = copy.deepcopy(module, memo)
     if device is not None:
-        for buffer in clone.buffers():
-            buffer.data = buffer.data.to(device)
+        memo.update({id(buffer): buffer.to(device, copy=True) for buffer in module.buffers()})
+    clone = copy.deepcopy(module, memo)
     clone.eval()
     return clone

@@ -108,11 +108,12 @@ def ceilings(device: Any, size: int) -> dict[str, float]:
 
     from fxcompress.backends.triton.tuning import measure
 
-    source = torch.empty(size * size * 8, device=device, dtype=torch.uint8)
+    source = torch.ones(size * size * 2, device=device)
     target = torch.empty_like(source)
     square = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     return {
-        "copy": 2 * source.numel() / measure(lambda: target.copy_(source)),
+        # By a kernel: the copy engine, which a copy in a graph runs on, reached two thirds of it on an H200.
+        "copy": 2 * source.nbytes / measure(lambda: torch.mul(source, 2, out=target)),
         "bfloat16": 2 * size**3 / measure(lambda: square @ square),
     }
 

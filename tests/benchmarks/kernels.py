@@ -3,6 +3,8 @@ taking turns in one run.
 
 For every shape, form and number of tokens: time, weight bytes read and operations done per second, and both
 as a share of what this machine was measured to stream and multiply in float32 (``torch.sum``, ``torch.mm``).
+Single tokens are compared with sums over about as many bytes that take turns with them, since what was used
+before, and how long a stream is, changes its rate as much as a kernel does.
 The constants of ``backends/cpu/selection.py`` and ``isa.py`` come from this table.
 
 Run: python -m tests.benchmarks.kernels [--shapes 8192x2048 576x1536] [--tokens 1 32 128 512] [--write]
@@ -203,6 +205,15 @@ def best_times(variants: list[Variant], x: Tensor, seconds: float) -> dict[str, 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def sums(rows: int, columns: int) -> list[Variant]:
+    """Streams as long as weights of 4 and of 8 bits."""
+    found = []
+    for bits in (4, 8):
+        big = torch.ones(rows * columns * bits // 32)
+        found.append(Variant(f"torch.sum, {bits} bits a weight", lambda _, big=big: big.sum(), big.nbytes))  # type: ignore[misc]
+    return found
+
+
 def rates() -> tuple[float, float]:
     """Bytes per second of a sum over 256 MiB, float32 operations per second of a 1024³ product."""
     big, square = torch.ones(1 << 26), torch.randn(1024, 1024)
@@ -238,6 +249,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=[1, 32, 128, 512])
     parser.add_argument("--seconds", type=float, default=2.0, help="per shape and number of tokens")
     parser.add_argument("--write", action="store_true", help="keep the result under tests/benchmarks/results")
+    parser.add_argument("--suffix", default="", help="of the result's name, for another machine")
     options = parser.parse_args()
     streaming, peak = rates()
     overhead = call_overhead()
@@ -253,14 +265,17 @@ def main() -> None:
         fixed = [generated(weight, *form) for form in FORMS] + atens(weight) + onnx_runtime(weight)
         for tokens in options.tokens:
             x = torch.randn(tokens, columns)
-            variants = [*fixed, *(looked_up(weight, *table, tokens) for table in TABLES)]
+            streams = sums(rows, columns) if tokens == 1 else []
+            variants = [*fixed, *(looked_up(weight, *table, tokens) for table in TABLES), *streams]
             found = best_times(variants, x, options.seconds)
             for variant in variants:
                 seconds = found[variant.name]
+                near = min(streams, key=lambda stream: abs(stream.nbytes - variant.nbytes), default=None)
+                fastest = streaming if near is None else near.nbytes / found[near.name]
                 moved, done = variant.nbytes / seconds, 2 * tokens * rows * columns / seconds
                 row = Row(
                     *(rows, columns, tokens, variant.name, seconds * 1e3, moved / 1e9, done / 1e9),
-                    *(moved / streaming, done / peak),
+                    *(moved / fastest, done / peak),
                 )
                 table.append(row)
                 say(
@@ -277,7 +292,7 @@ def main() -> None:
             "microseconds per call": overhead,
             "rows": [asdict(row) for row in table],
         }
-        write("kernels", content)
+        write(f"kernels{options.suffix}", content)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,11 @@ def gpu(content: dict[str, Any]) -> list[str]:
         f"torch {known['torch']}, triton {known['triton']}, CUDA {known['cuda']}. Command:"
         f" `{known['command']}`. Copies {limits['copy'] / 1e9:.0f} GB/s, multiplies bfloat16 at"
         f" {limits['bfloat16'] / 1e12:.0f} TFLOP/s.",
-        f"Checks against the reference: {', '.join(wrong) + ' failed' if wrong else 'all passed'}.",
+        f"Checks against the reference: {', '.join(wrong) + ' failed' if wrong else 'all passed'}"
+        f" ({len(content['checks'])} programs).",
         "",
+        *([*content["note"], ""] if content.get("note") else []),
+        *_decoders(content.get("models", {})),
         "| layer | rows | format | µs | GB/s | of copy | TFLOP/s | of peak | × bf16 | time / predicted |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -62,8 +65,41 @@ def gpu(content: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {row['decoder']} | {row['layers']} | {row['context']} | {row['seconds'] * 1e3:.2f} |"
         )
+    lines += _model(content.get("model", []))
     left = content["left out"]
     return [*lines, "", *([f"Left out for lack of time: {', '.join(left)}.", ""] if left else [])]
+
+
+def _decoders(models: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Small random decoders, compressed and run on the device."""
+    rows = [
+        (name, row) for part in models.values() for name, row in (part or {}).items() if "same tokens" in row
+    ]
+    if not rows:
+        return []
+    lines = [
+        "A random decoder of two layers in float16, compressed on the device. Differences of logits,",
+        "relative: from the same forms computed by torch, from the uncompressed model; and how many of 24",
+        "greedy tokens are equal. Rounded activations (w8a8, w4a8, fp8) and caches take the next code where",
+        "sums differ in the last bit.",
+        "",
+        "| recipe | from the reference | from the original | equal tokens |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows:
+        lines.append(f"| {name} | {row['error']:.4f} | {row['compression']:.2f} | {row['same tokens']} |")
+    return [*lines, ""]
+
+
+def _model(rows: list[dict[str, Any]]) -> list[str]:
+    """The packaged model."""
+    if not rows:
+        return []
+    lines = ["", "| packaged model | perplexity | of the reference | tokens/s |", "|---|---|---|---|"]
+    for row in rows:
+        shown = [f"{row[key]:.2f}" if key in row else "" for key in ("perplexity", "perplexity, reference")]
+        lines.append(f"| {row['model']} | {' | '.join(shown)} | {row['tokens per second']:.0f} |")
+    return lines
 
 
 def _product(row: dict[str, Any]) -> tuple[Any, ...]:

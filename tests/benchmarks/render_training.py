@@ -33,7 +33,7 @@ def distillation(content: dict[str, Any]) -> list[str]:
             for text, values in looks.items():
                 lost, back = (math.log(values[0] / other) for other in (base[text], values[-1]))
                 cells += [f"{values[0]:.2f} → {values[-1]:.2f}", f"{100 * back / lost:.0f} %"]
-            cells += [f"{row['trained'] / 1e6:.1f} M", str(row.get("seconds", ""))]
+            cells += [f"{row['trained'] / 1e6:.1f} M", _seconds(row)]
             lines.append(f"| {student} | {objective} | {' | '.join(cells)} |")
     lines.append("")
     for student, rows in content["students"].items():
@@ -41,6 +41,12 @@ def distillation(content: dict[str, Any]) -> list[str]:
         plot_curves(student, rows, base["documentation"], PAGE.parent / "images" / name)
         lines += [f"![Learning curves of the {student} student](images/{name})", ""]
     return lines
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    """Of processor time, with the machine where it is not the table's."""
+    other = f" ({row['processor']})" if "processor" in row else ""
+    return f"{row['seconds']}{other}" if "seconds" in row else ""
 
 
 def plot_curves(student: str, rows: dict[str, Any], base: float, path: Path) -> None:

@@ -233,6 +233,35 @@ def kernels(content: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def single_rows(content: dict[str, Any]) -> list[str]:
+    """Products of one row on one more machine."""
+    rows = [row for row in content["rows"] if any(part in row["name"] for part in (*_SHOWN, "sum"))]
+    large = max(row["rows"] * row["columns"] for row in rows)
+    lines = [
+        "### Single rows on another machine",
+        "",
+        environment(content),
+        "",
+        "Weights of 4 and 8 bits against a sum over about as many bytes (`torch.sum`), all taking turns.",
+        "The sum reads the smaller sizes, which caches hold, more slowly than the products: no share there."
+        " A long stream is read at"
+        f" {content['streaming bytes per second'] / 1e9:.0f} GB/s here.",
+        "",
+        "| size | kernel | ms | GB/s | of the sum | × MatMulNBits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        same = [other for other in rows if (other["rows"], other["columns"]) == (row["rows"], row["columns"])]
+        peer = next((other for other in same if "MatMulNBits" in other["name"]), None)
+        share = f"{row['streaming']:.0%}" if row["rows"] * row["columns"] == large else ""
+        ratio = f"{peer['milliseconds'] / row['milliseconds']:.2f}" if peer and row["name"][0] == "w" else ""
+        lines.append(
+            f"| {row['rows']}×{row['columns']} | {row['name']} | {row['milliseconds']:.3f} |"
+            f" {row['gigabytes']:.1f} | {share} | {ratio} |"
+        )
+    return [*lines, ""]
+
+
 def groups(content: dict[str, Any]) -> list[str]:
     lines = [
         "## Channel groups",
@@ -291,6 +320,9 @@ def main() -> None:
     path = RESULTS / "kernels.json"
     if path.exists():
         lines += kernels(json.loads(path.read_text(encoding="utf-8")))
+    path = RESULTS / "kernels-single.json"
+    if path.exists():
+        lines += single_rows(json.loads(path.read_text(encoding="utf-8")))
     path = RESULTS / "groups.json"
     if path.exists():
         lines += groups(json.loads(path.read_text(encoding="utf-8")))

@@ -4,6 +4,7 @@ import operator
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxcompress.capture import capture_model
 from fxcompress.capture.values import infer_values
@@ -50,3 +51,16 @@ def test_known_types_stay() -> None:
     before = {node: node.meta["val"] for node in graph.nodes if "val" in node.meta}
     infer_values(graph)
     assert all(node.meta["val"] is value for node, value in before.items())
+
+
+def test_tensors_of_forms_lie_where_the_graph_computes() -> None:
+    """Known by shape only, on the meta device, they must not meet the graph's values on another one."""
+    graph = fx.Graph()
+    x, scale = graph.placeholder("x"), graph.placeholder("form_0")
+    product = graph.call_function(torch.ops.aten.mul.Tensor, (x, scale))
+    graph.output(product)
+    with FakeTensorMode():
+        x.meta["val"] = torch.empty(2, 3, device="cuda")
+    scale.meta["val"] = torch.empty(3, device="meta")
+    infer_values(graph)
+    assert product.meta["val"].device.type == "cuda"
