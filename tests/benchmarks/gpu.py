@@ -54,7 +54,7 @@ class Clock:
 def sizes(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
     """Model, outputs, inputs and rows of every product."""
     if options.interpret:
-        yield from (("tiny", 48, 256, rows) for rows in (1, 5))
+        yield "tiny", 48, 256, 5
         return
     for model in options.layers:
         for outputs, inputs in SHAPES[model]:
