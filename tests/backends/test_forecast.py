@@ -41,8 +41,11 @@ def test_the_forecast_is_what_generation_asks_for(recipe: str, monkeypatch: pyte
     tables = {"model.embed_tokens.weight"}
     named = {form.title for form in forecast(small._store.state, tables, torch.float32, attention=True)}
     assert asked <= named
-    # The head reads the last token only.
-    assert named - asked <= {"dense-w8-bfloat16-bfloat16", "linear-bfloat16-w8-float32-float32"}
+    # The head reads the last token only; with matrix units one of two ways for many tokens is taken.
+    spare = {"dense-w8-bfloat16-bfloat16", "linear-bfloat16-w8-float32-float32"}
+    if this_machine().matrix_units:
+        spare |= {title for title in named if title.startswith("linear-bfloat16-")}
+    assert named - asked <= spare
 
 
 def test_whoever_needs_a_kernel_early_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
