@@ -19,6 +19,7 @@ from fxcompress.examples import call_arguments, default_example
 from fxcompress.generation_cache import check_has_cache
 from fxcompress.ghost import contains_ghosts
 from fxcompress.hf import identity_of, load_tokenizer
+from fxcompress.machine import torch_device
 from fxcompress.manager import Verify, run_recipe
 from fxcompress.model import CompressedModel, remove_with, temporary_artifact
 from fxcompress.progress import ProgressOption
@@ -149,11 +150,13 @@ def load(
     Raises:
         ArtifactError: missing, damaged, newer or unsafe.
         BindingError: ``model`` has other parameters than the compressed one.
+        FxCompressError: there is no such device.
 
     Example:
         >>> small = fxcompress.load("out")
         >>> small.generate(**inputs)
     """
+    where = None if device is None else torch_device(device)
     begin = getattr(backend_class(backend), "begin", None)
     if begin is not None:
         begin()
@@ -163,7 +166,7 @@ def load(
         artifact,
         backend=backend,
         tokenizer=load_tokenizer_if_any(path, artifact.identity.kind),
-        device=None if device is None else torch.device(device),
+        device=where,
     )
 
 

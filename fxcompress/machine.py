@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine", "physical_memory"]
+from fxcompress.errors import FxCompressError
+
+__all__ = ["machine", "physical_memory", "torch_device"]
 
 
 def machine() -> dict[str, Any]:
@@ -49,3 +51,18 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return found or platform.machine()
+
+
+def torch_device(name: str | torch.device) -> torch.device:
+    """The device called ``name``.
+
+    Raises:
+        FxCompressError: no such device on this machine.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise FxCompressError(f"device {str(name)!r} cannot be used: {reason}.", fix="try cpu.") from error
+    return device

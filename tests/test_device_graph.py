@@ -13,6 +13,7 @@ from torch import nn
 
 import fxcompress
 from fxcompress.device_graph import DeviceGraph, on_device
+from fxcompress.errors import FxCompressError
 from fxcompress.ghost import ghost_copy
 
 CUDA = torch.device("cuda")
@@ -105,5 +106,7 @@ def test_a_saved_model_is_loaded_on_a_device(tmp_path: Path) -> None:
     small.save(tmp_path / "out")
     again = fxcompress.load(tmp_path / "out", model, device="cpu")
     assert torch.equal(again(x), small(x))
+    with pytest.raises(FxCompressError, match="device 'nowhere' cannot be used"):
+        fxcompress.load(tmp_path / "out", model, device="nowhere")
     far = fxcompress.load(tmp_path / "out", model, device="meta")
     assert {p.device.type for p in far.model.parameters()} == {"meta"}

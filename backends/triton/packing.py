@@ -79,9 +79,8 @@ def unpack_words(words: Tensor, bits: int, rows: int, columns: int) -> Tensor:
     for word, bit, high in _places(bits):
         code = parts[:, :, word] >> bit & (3 if bits == 3 else (1 << bits) - 1)
         found.append(code if high is None else code | (parts[:, :, 2] >> high & 1) << 2)
-    codes: Tensor = torch.stack(found, -1).unflatten(
-        -1, (-1, 4)
-    )  # [tile, tile, 4, 8, thread, span, 2, step, code]
+    # [tile, tile, 4, 8, thread, span, 2, step, code]
+    codes: Tensor = torch.stack(found, -1).unflatten(-1, (-1, 4))
     order = codes.permute(0, 6, 2, 3, 1, 5, 7, 4, 8)
     return order.reshape(TILE * words.shape[0], -1)[:rows, :columns].to(torch.uint8)
 

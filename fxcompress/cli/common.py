@@ -110,21 +110,6 @@ def is_artifact(path: Path) -> bool:
     return path.is_dir() and (path / MANIFEST).is_file()
 
 
-def torch_device(name: str) -> torch.device:
-    """The device called ``name``.
-
-    Raises:
-        FxCompressError: no such device on this machine.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise FxCompressError(f"device {name!r} cannot be used: {reason}.", fix="try cpu.") from error
-    return device
-
-
 def load_any(path: Path, *, device: str, dtype: DType, backend: str) -> tuple[Any, Any]:
     """A compressed or an ordinary model, and its tokenizer or None.
 
@@ -133,6 +118,7 @@ def load_any(path: Path, *, device: str, dtype: DType, backend: str) -> tuple[An
     """
     import fxcompress
     from fxcompress.hf import load_hf_model
+    from fxcompress.machine import torch_device
 
     where = torch_device(device)
     if not is_artifact(path):

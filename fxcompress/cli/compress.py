@@ -25,7 +25,6 @@ from fxcompress.cli.common import (
     need_tokenizer,
     note,
     read_text,
-    torch_device,
 )
 from fxcompress.errors import CalibrationError, RecipeError
 
@@ -80,6 +79,7 @@ def compress(
     """Compress MODEL by a recipe and save it."""
     import fxcompress
     from fxcompress.hf import load_hf_model
+    from fxcompress.machine import torch_device
 
     chosen = fxcompress.Recipe.load(recipe)
     check_target(output, overwrite=overwrite and not plain)

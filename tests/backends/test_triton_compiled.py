@@ -49,7 +49,7 @@ def linear(*fields: Any, **more: Any) -> LinearForm:
 
 
 VARIANTS = (
-    # W4A16: one scale per block, after and before the product; per place of words, element and row.
+    # W4A16: one scale per block, after and before the product; per step of 16 inputs, element and row.
     Variant(linear("int", 4, True, "group", 128, "bfloat16", "float16"), SMALL, BOTH),
     Variant(linear("int", 4, True, "group", 128, "bfloat16", "float16"), LARGE, BOTH, "wgmma"),
     Variant(linear("int", 4, True, "group", 64, "bfloat16", "bfloat16", bias=True), SMALL, (80,)),

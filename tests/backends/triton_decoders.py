@@ -19,9 +19,8 @@ from torch import Tensor
 
 import fxcompress
 from fxcompress.backends import dynamo
-from fxcompress.backends.triton import launch
 from tests.backends.triton_common import DEVICE
-from tests.backends.triton_models import as_it_is
+from tests.backends.triton_models import as_it_is, started_kernels
 
 CACHED = "w4a16, kv4-kivi"
 RECIPES: dict[str, Any] = {
@@ -113,21 +112,14 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if DEVICE.type == "cpu":
         dynamo.compile_with_inductor = as_it_is
-    started: set[str] = set()
-    start = launch.launch
-
-    def noted(form: Any, *arguments: Any) -> None:
-        started.add(form.title)
-        start(form, *arguments)
-
-    launch.launch = noted
+    started = started_kernels()
     torch.manual_seed(1)
     ids = torch.randint(2, VOCABULARY, (1, 5 if SMALL else 40), device=DEVICE)
     rows: dict[str, Any] = {}
     for recipe in sys.argv[1:] or [*RECIPES, "torch.compile"]:
         started.clear()
         rows[recipe] = compiled(ids) if recipe == "torch.compile" else check(recipe, ids)
-        rows[recipe]["started"] = sorted(started)
+        rows[recipe]["started"] = sorted(set(started))
     print(json.dumps(rows))  # noqa: T201
 
 

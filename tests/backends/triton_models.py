@@ -99,10 +99,8 @@ def cached_attention() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Print error, kernels and numbers of calls by recipe."""
-    if DEVICE.type == "cpu":
-        dynamo.compile_with_inductor = as_it_is
+def started_kernels() -> list[str]:
+    """Titles of the kernels that are started from now on."""
     started: list[str] = []
     start = launch.launch
 
@@ -111,6 +109,14 @@ def main() -> None:
         start(form, *arguments)
 
     launch.launch = noted
+    return started
+
+
+def main() -> None:
+    """Print error, kernels and numbers of calls by recipe."""
+    if DEVICE.type == "cpu":
+        dynamo.compile_with_inductor = as_it_is
+    started = started_kernels()
     torch.manual_seed(0)
     model = nn.Sequential(Block(64, 128), Block(64, 128, nn.LayerNorm(64))).half().eval().to(DEVICE)
     x = torch.randn(2, 3, 64).half().to(DEVICE)

